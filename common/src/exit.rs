@@ -1,0 +1,108 @@
+//! Exit codes: one numbering for the VMM and every daemon, so that a service manager can act on them.
+
+use std::error::Error;
+use std::fmt;
+
+/// How a Cleave process ends. The numbers are part of the command-line interface; see `README.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum ExitCode {
+    /// The guest shut down, or the daemon was asked to stop.
+    Success = 0,
+    /// A bug in Cleave: please report it.
+    Internal = 1,
+    /// The command line, the configuration or a file it names is wrong.
+    Usage = 2,
+    /// The host lacks something: KVM, permission, memory, huge pages.
+    Host = 3,
+    /// A device backend could not be started, reached or understood.
+    Device = 4,
+    /// The guest ended in a state it cannot leave: triple fault, KVM internal error.
+    GuestFault = 6,
+}
+
+impl From<ExitCode> for std::process::ExitCode {
+    fn from(code: ExitCode) -> Self {
+        (code as u8).into()
+    }
+}
+
+/// An error that knows which exit code it is worth.
+#[derive(Debug)]
+pub struct Failure {
+    pub code: ExitCode,
+    source: Box<dyn Error + Send + Sync>,
+}
+
+impl Failure {
+    pub fn new(code: ExitCode, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { code, source: source.into() }
+    }
+
+    pub fn usage(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(ExitCode::Usage, source)
+    }
+
+    pub fn host(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(ExitCode::Host, source)
+    }
+
+    pub fn device(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(ExitCode::Device, source)
+    }
+
+    pub fn internal(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(ExitCode::Internal, source)
+    }
+}
+
+/// One line for a person: the error, then its causes after colons. A cause that its parent already quotes is
+/// not said twice.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut said = self.source.to_string();
+        write!(f, "{said}")?;
+        let mut cause = self.source.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if !said.ends_with(&text) {
+                write!(f, ": {text}")?;
+            }
+            said = text;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+impl Error for Failure {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.source()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_one_line_with_its_causes() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot open disk.raw")]
+        struct Outer(#[source] std::io::Error);
+
+        let failure = Failure::usage(Outer(std::io::Error::other("no such file")));
+        assert_eq!(failure.to_string(), "cannot open disk.raw: no such file");
+        assert_eq!(failure.code as u8, 2);
+    }
+
+    #[test]
+    fn a_quoted_cause_is_not_repeated() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot open disk.raw: {0}")]
+        struct Outer(#[source] std::io::Error);
+
+        let failure = Failure::host(Outer(std::io::Error::other("no such file")));
+        assert_eq!(failure.to_string(), "cannot open disk.raw: no such file");
+    }
+}

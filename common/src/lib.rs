@@ -1,0 +1,10 @@
+//! What both sides of the virtqueue need, and nothing that only one side needs.
+//!
+//! The VMM (`cleave`) and the device daemons (`cleave-*`) never depend on each other; they meet in this crate
+//! and on the vhost-user socket.
+
+pub mod exit;
+pub mod logging;
+pub mod options;
+pub mod size;
+pub mod virtio;

@@ -1,0 +1,299 @@
+//! The one grammar of `--option key=value,key=value`, as a serde format.
+//!
+//! A struct that derives `Deserialize` with `deny_unknown_fields` is an option type, on the command line through
+//! [`parse`] and in a configuration file through its own format. Keys that are unknown, repeated or missing and
+//! values that do not fit are errors that name the key, say what it may be, and the nearest valid word.
+//!
+//! A comma inside a value is written twice (`path=a,,b` is the path `a,b`).
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::de::value::MapDeserializer;
+use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, Visitor};
+use serde::forward_to_deserialize_any;
+
+/// What is wrong with an option's text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct OptionError(String);
+
+/// Reads `text` as `key=value,...`. A first word without `=` is the value of `positional`, where the option has
+/// such a key: with `Some("path")`, `disk.raw,readonly=on` means `path=disk.raw,readonly=on`. A later word
+/// without `=` means `word=on`.
+pub fn parse<T: DeserializeOwned>(text: &str, positional: Option<&str>) -> Result<T, OptionError> {
+    let mut pairs: Vec<(String, Word)> = Vec::new();
+    for (at, word) in split_commas(text).into_iter().enumerate() {
+        let (key, value) = match (word.split_once('='), positional) {
+            // A path may itself hold an '=': only what looks like a key is one.
+            (Some((key, value)), _) if is_key(key) => (key.to_owned(), value.to_owned()),
+            (_, Some(key)) if at == 0 => (key.to_owned(), word),
+            _ if is_key(&word) => (word, "on".to_owned()),
+            _ => return Err(OptionError(format!("'{word}' is not of the form key=value"))),
+        };
+        if pairs.iter().any(|(known, _)| *known == key) {
+            return Err(OptionError(format!("'{key}' is given twice")));
+        }
+        pairs.push((key.clone(), Word { key, text: value }));
+    }
+    T::deserialize(MapDeserializer::new(pairs.into_iter()))
+}
+
+/// `Deserialize` for a type that people write as a word or a number: everything its `FromStr` takes, from any
+/// format.
+pub fn from_word<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: FromStr<Err: fmt::Display>,
+    D: Deserializer<'de>,
+{
+    struct WordVisitor<T>(std::marker::PhantomData<T>);
+
+    impl<T: FromStr<Err: fmt::Display>> Visitor<'_> for WordVisitor<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a word or a whole number")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+            text.parse().map_err(E::custom)
+        }
+
+        fn visit_u64<E: de::Error>(self, number: u64) -> Result<T, E> {
+            self.visit_str(&number.to_string())
+        }
+
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<T, E> {
+            self.visit_str(&number.to_string())
+        }
+    }
+
+    deserializer.deserialize_any(WordVisitor(std::marker::PhantomData))
+}
+
+/// The candidate most like `word`, if any is near enough to be meant.
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(word, candidate), candidate))
+        .filter(|(distance, candidate)| *distance <= (candidate.len() / 3).max(1))
+        .min()
+        .map(|(_, candidate)| candidate)
+}
+
+/// `" (did you mean 'x'?)"`, or nothing.
+pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+    nearest(word, candidates).map_or_else(String::new, |near| format!(" (did you mean '{near}'?)"))
+}
+
+fn is_key(word: &str) -> bool {
+    !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+fn split_commas(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c != ',' {
+            words.last_mut().expect("starts with one word").push(c);
+        } else if chars.next_if_eq(&',').is_some() {
+            words.last_mut().expect("starts with one word").push(',');
+        } else {
+            words.push(String::new());
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+/// One value, with its key for the messages.
+struct Word {
+    key: String,
+    text: String,
+}
+
+impl Word {
+    fn number<N: FromStr>(&self) -> Result<N, OptionError> {
+        self.text
+            .parse()
+            .map_err(|_| OptionError(format!("{}: '{}' is no valid number", self.key, self.text)))
+    }
+
+    /// Puts the key in front of what the value's own type complains of.
+    fn named<V>(key: &str, result: Result<V, OptionError>) -> Result<V, OptionError> {
+        result.map_err(|OptionError(text)| OptionError(format!("{key}: {text}")))
+    }
+}
+
+impl de::Error for OptionError {
+    fn custom<T: fmt::Display>(message: T) -> Self {
+        Self(message.to_string())
+    }
+
+    fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
+        let near = did_you_mean(field, expected.iter().copied());
+        Self(format!("unknown key '{field}'{near}; the keys are: {}", expected.join(", ")))
+    }
+
+    fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
+        let near = did_you_mean(variant, expected.iter().copied());
+        Self(format!("'{variant}' is not one of: {}{near}", expected.join(", ")))
+    }
+
+    fn missing_field(field: &'static str) -> Self {
+        Self(format!("'{field}=' is missing"))
+    }
+}
+
+impl<'de> IntoDeserializer<'de, OptionError> for Word {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+macro_rules! numbers {
+    ($($method:ident $visit:ident),*) => {$(
+        fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+            visitor.$visit(self.number()?)
+        }
+    )*};
+}
+
+impl<'de> Deserializer<'de> for Word {
+    type Error = OptionError;
+
+    numbers!(deserialize_u8 visit_u8, deserialize_u16 visit_u16, deserialize_u32 visit_u32,
+        deserialize_u64 visit_u64, deserialize_i8 visit_i8, deserialize_i16 visit_i16,
+        deserialize_i32 visit_i32, deserialize_i64 visit_i64);
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+        Self::named(&self.key, visitor.visit_string(self.text))
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+        match self.text.as_str() {
+            "on" | "true" | "yes" | "1" => visitor.visit_bool(true),
+            "off" | "false" | "no" | "0" => visitor.visit_bool(false),
+            other => Err(OptionError(format!("{}: '{other}' is neither on nor off", self.key))),
+        }
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+        visitor.visit_some(self)
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, OptionError> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        _variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, OptionError> {
+        Self::named(&self.key, visitor.visit_enum(self.text.into_deserializer()))
+    }
+
+    forward_to_deserialize_any! {
+        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map struct
+        identifier ignored_any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::size::ByteSize;
+    use crate::virtio::DeviceType;
+
+    #[derive(Debug, Default, PartialEq, Deserialize)]
+    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+    struct Disk {
+        path: PathBuf,
+        #[serde(default)]
+        readonly: bool,
+        queues: Option<u16>,
+        format: Option<Format>,
+        page_size: Option<ByteSize>,
+        r#type: Option<DeviceType>,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    enum Format {
+        Raw,
+        Qcow2,
+    }
+
+    fn disk(text: &str) -> Result<Disk, String> {
+        parse(text, Some("path")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn keys_values_and_the_positional_word() {
+        let expected = Disk {
+            path: "a,b=c".into(),
+            readonly: true,
+            queues: Some(4),
+            format: Some(Format::Raw),
+            page_size: Some(ByteSize(2 << 20)),
+            r#type: Some(DeviceType::BLOCK),
+        };
+        assert_eq!(disk("path=a,,b=c,readonly,queues=4,format=raw,page-size=2M,type=2"), Ok(expected));
+        assert_eq!(disk("/x=y").unwrap().path, PathBuf::from("/x=y"));
+    }
+
+    #[test]
+    fn errors_name_the_key_and_the_nearest_word() {
+        for (text, message) in [
+            (
+                "a,redonly=on",
+                "unknown key 'redonly' (did you mean 'readonly'?); the keys are: path, readonly",
+            ),
+            ("a,format=qcow", "format: 'qcow' is not one of: raw, qcow2 (did you mean 'qcow2'?)"),
+            ("a,readonly=maybe", "readonly: 'maybe' is neither on nor off"),
+            ("a,queues=many", "queues: 'many' is no valid number"),
+            ("a,queues=70000", "queues: '70000' is no valid number"),
+            ("a,page-size=2X", "page-size: '2X' is no size"),
+            ("a,type=blokc", "type: 'blokc' is no virtio device type (did you mean 'block'?)"),
+            ("a,path=b", "'path' is given twice"),
+            ("readonly=on", "'path=' is missing"),
+            ("a,Über", "'Über' is not of the form key=value"),
+        ] {
+            let said = disk(text).unwrap_err();
+            assert!(said.contains(message), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn the_same_struct_reads_a_file() {
+        let from_file: Disk =
+            toml::from_str("path = 'd'\nreadonly = true\npage-size = 4096\ntype = 2").unwrap();
+        assert_eq!(disk("d,readonly=on,page-size=4k,type=block"), Ok(from_file));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(text: String) {
+            let _ = disk(&text);
+        }
+
+        #[test]
+        fn a_doubled_comma_is_a_comma(path in "[^,]+(,[^,]+)*") {
+            let text = format!("path={}", path.replace(',', ",,"));
+            prop_assert_eq!(disk(&text).unwrap().path, PathBuf::from(path));
+        }
+    }
+}
