@@ -1,0 +1,116 @@
+//! The first serial port, a 16550 at I/O port 0x3f8 on interrupt 4, for early messages and a login.
+//!
+//! Its registers are vm-superio's; its wires are the [`line`](super::line).
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::serial::{NoEvents, SerialEvents};
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::line::{Output, Transmitter};
+use crate::bus::BusDevice;
+
+/// First of the eight I/O ports.
+pub const PORT: u16 = 0x3f8;
+pub const PORTS: u16 = 8;
+/// Global system interrupt.
+pub const IRQ: u32 = 4;
+
+pub struct Uart {
+    serial: Mutex<Registers>,
+    interrupt: EventFd,
+    output: Arc<Output>,
+    wake: EventFd,
+}
+
+type Registers = Serial<Interrupt, RoomForInput, Transmitter>;
+
+impl Uart {
+    /// `interrupt` is the irqfd of [`IRQ`]; `wake` is signalled when the guest has read all input there was.
+    pub fn new(interrupt: &EventFd, output: Arc<Output>, wake: &EventFd) -> io::Result<Self> {
+        let serial = registers(interrupt, &output, wake)?;
+        Ok(Self { serial: Mutex::new(serial), interrupt: interrupt.try_clone()?, output, wake: wake.try_clone()? })
+    }
+
+    /// Hands the guest as many of `bytes` as its FIFO has room for, and says how many those were.
+    pub fn receive(&self, bytes: &[u8]) -> usize {
+        let mut serial = self.lock();
+        let count = bytes.len().min(serial.fifo_capacity());
+        if count == 0 {
+            return 0;
+        }
+        // In loopback mode the port is deaf: what comes then stays with the sender.
+        serial.enqueue_raw_bytes(&bytes[..count]).unwrap_or(0)
+    }
+
+    /// Back to how the machine found it at power-on.
+    pub fn reset(&self) -> io::Result<()> {
+        let fresh = registers(&self.interrupt, &self.output, &self.wake)?;
+        *self.lock() = fresh;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn registers(interrupt: &EventFd, output: &Arc<Output>, wake: &EventFd) -> io::Result<Registers> {
+    let interrupt = Interrupt(interrupt.try_clone()?);
+    let events = RoomForInput { wake: wake.try_clone()?, none: NoEvents };
+    Ok(Serial::with_events(interrupt, events, Transmitter(output.clone())))
+}
+
+impl BusDevice for Uart {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        // The registers are bytes; a wider access finds one of them and ones above it.
+        data.fill(0xff);
+        if let [first, ..] = data {
+            *first = self.lock().read(offset as u8);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let [first, ..] = data
+            && let Err(error) = self.lock().write(offset as u8, *first)
+        {
+            tracing::debug!("uart: {error:?}");
+        }
+    }
+}
+
+struct Interrupt(EventFd);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+struct RoomForInput {
+    wake: EventFd,
+    none: NoEvents,
+}
+
+impl SerialEvents for RoomForInput {
+    fn buffer_read(&self) {
+        self.none.buffer_read();
+    }
+
+    fn out_byte(&self) {
+        self.none.out_byte();
+    }
+
+    fn tx_lost_byte(&self) {
+        self.none.tx_lost_byte();
+    }
+
+    fn in_buffer_empty(&self) {
+        // A full counter means that the machine thread is about to be woken anyway.
+        let _ = self.wake.write(1);
+    }
+}
