@@ -3,5 +3,7 @@
 
 mod cli;
 mod config;
+mod kvm;
+mod memory;
 
 fn main() {}
