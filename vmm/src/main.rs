@@ -1,7 +1,9 @@
 //! The Cleave virtual machine monitor.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
+mod bus;
 mod cli;
 mod config;
+mod pci;
 
 fn main() {}
