@@ -81,7 +81,7 @@ mod tests {
             ports.write(0, &[value]);
         }
         // SLP_EN with S5, whatever the reserved bits say.
-        assert_eq!(asked.lock().unwrap().len(), 8);
+        assert_eq!(asked.lock().unwrap().len(), 16);
         assert!(asked.lock().unwrap().iter().all(|request| *request == PowerRequest::PowerOff));
         asked.lock().unwrap().clear();
         for value in 0..=255 {

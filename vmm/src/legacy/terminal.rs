@@ -24,7 +24,8 @@ impl RawTerminal {
         if !isatty(terminal) || tcgetpgrp(terminal).ok()? != getpgrp() {
             return None;
         }
-        let before = BEFORE.get_or_init(|| tcgetattr(terminal).expect("isatty said that it is a terminal")).clone();
+        let before =
+            BEFORE.get_or_init(|| tcgetattr(terminal).expect("isatty said that it is a terminal")).clone();
         let mut raw = before;
         raw.make_raw();
         // Our own log lines share the screen, and they end in a bare newline.

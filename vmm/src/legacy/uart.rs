@@ -2,15 +2,14 @@
 //!
 //! Its registers are vm-superio's; its wires are the [`line`](super::line).
 
-use std::io;
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::{NoEvents, SerialEvents};
 use vm_superio::{Serial, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::line::{Output, Transmitter};
-use crate::bus::BusDevice;
+use crate::bus::{BusDevice, Event};
 
 /// First of the eight I/O ports.
 pub const PORT: u16 = 0x3f8;
@@ -20,9 +19,9 @@ pub const IRQ: u32 = 4;
 
 pub struct Uart {
     serial: Mutex<Registers>,
-    interrupt: EventFd,
+    interrupt: Arc<Event>,
     output: Arc<Output>,
-    wake: EventFd,
+    wake: Arc<Event>,
 }
 
 type Registers = Serial<Interrupt, RoomForInput, Transmitter>;
@@ -31,7 +30,12 @@ impl Uart {
     /// `interrupt` is the irqfd of [`IRQ`]; `wake` is signalled when the guest has read all input there was.
     pub fn new(interrupt: &EventFd, output: Arc<Output>, wake: &EventFd) -> io::Result<Self> {
         let serial = registers(interrupt, &output, wake)?;
-        Ok(Self { serial: Mutex::new(serial), interrupt: interrupt.try_clone()?, output, wake: wake.try_clone()? })
+        Ok(Self {
+            serial: Mutex::new(serial),
+            interrupt: interrupt.try_clone()?,
+            output,
+            wake: wake.try_clone()?,
+        })
     }
 
     /// Hands the guest as many of `bytes` as its FIFO has room for, and says how many those were.
@@ -46,10 +50,8 @@ impl Uart {
     }
 
     /// Back to how the machine found it at power-on.
-    pub fn reset(&self) -> io::Result<()> {
-        let fresh = registers(&self.interrupt, &self.output, &self.wake)?;
-        *self.lock() = fresh;
-        Ok(())
+    pub fn reset(&self) {
+        *self.lock() = registers(&self.interrupt, &self.output, &self.wake);
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
@@ -57,10 +59,9 @@ impl Uart {
     }
 }
 
-fn registers(interrupt: &EventFd, output: &Arc<Output>, wake: &EventFd) -> io::Result<Registers> {
-    let interrupt = Interrupt(interrupt.try_clone()?);
-    let events = RoomForInput { wake: wake.try_clone()?, none: NoEvents };
-    Ok(Serial::with_events(interrupt, events, Transmitter(output.clone())))
+fn registers(interrupt: &Arc<Event>, output: &Arc<Output>, wake: &Arc<Event>) -> Registers {
+    let events = RoomForInput { wake: wake.clone(), none: NoEvents };
+    Serial::with_events(Interrupt(interrupt.clone()), events, Transmitter(output.clone()))
 }
 
 impl BusDevice for Uart {
@@ -81,18 +82,19 @@ impl BusDevice for Uart {
     }
 }
 
-struct Interrupt(EventFd);
+struct Interrupt(Arc<Event>);
 
 impl Trigger for Interrupt {
-    type E = io::Error;
+    type E = Infallible;
 
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.signal();
+        Ok(())
     }
 }
 
 struct RoomForInput {
-    wake: EventFd,
+    wake: Arc<Event>,
     none: NoEvents,
 }
 
@@ -110,7 +112,6 @@ impl SerialEvents for RoomForInput {
     }
 
     fn in_buffer_empty(&self) {
-        // A full counter means that the machine thread is about to be woken anyway.
-        let _ = self.wake.write(1);
+        self.wake.signal();
     }
 }

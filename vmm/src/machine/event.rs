@@ -4,8 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
+use crate::bus;
 use crate::kvm::vcpu::VcpuEvent;
 use crate::legacy::power::PowerRequest;
 use crate::vhost::DeviceEvent;
@@ -28,13 +27,13 @@ pub struct EventQueue {
 #[derive(Clone)]
 pub struct EventSender {
     sender: Sender<Event>,
-    wake: Arc<EventFd>,
+    wake: Arc<bus::Event>,
 }
 
 impl EventQueue {
     pub fn new() -> io::Result<Self> {
         let (sender, receiver) = channel();
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let wake = Arc::new(bus::Event::new()?);
         Ok(Self { receiver, sender: EventSender { sender, wake } })
     }
 
@@ -43,14 +42,14 @@ impl EventQueue {
     }
 
     /// Readable when there is something to do; [`EventQueue::take`] makes it quiet again.
-    pub fn wake(&self) -> &EventFd {
+    pub fn wake(&self) -> &Arc<bus::Event> {
         &self.sender.wake
     }
 
     /// All events up to now.
     pub fn take(&self) -> Vec<Event> {
         // First quiet, then empty: an event that comes between the two wakes us again.
-        let _ = self.sender.wake.read();
+        self.sender.wake.clear();
         self.receiver.try_iter().collect()
     }
 }
@@ -59,7 +58,7 @@ impl EventSender {
     pub fn send(&self, event: Event) {
         // The queue is gone only when the machine is, and then nobody minds.
         if self.sender.send(event).is_ok() {
-            let _ = self.wake.write(1);
+            self.wake.signal();
         }
     }
 }

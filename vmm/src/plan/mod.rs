@@ -31,9 +31,7 @@ pub const MMIO32: Window = Window { base: LOW_RAM_END, size: GIB / 2 };
 /// Configuration space of one bus.
 pub const ECAM: Window = Window { base: 0xe000_0000, size: 1 << 20 };
 
-/// Room for one device's registers, vectors and doorbells; a BAR is aligned to its size.
-pub const BAR_SIZE: u64 = 128 << 10;
-/// More than all slots need, so that a guest that likes to move BARs finds room.
+/// More than 31 devices' BARs need, so that a guest that likes to move them finds room.
 const MMIO64_SIZE: u64 = 16 * GIB;
 
 /// Signalled when the power button is pressed.
@@ -62,8 +60,6 @@ pub struct SlotPlan {
     pub device_type: DeviceType,
     /// PCI device number, 1 to 31.
     pub device_number: u8,
-    /// Guest-physical address of the device's BAR at power-on.
-    pub bar: u64,
     /// Virtqueues to assume of a daemon that cannot say how many it has.
     pub queues: Option<u16>,
     pub backend: Backend,
@@ -80,7 +76,9 @@ pub enum Backend {
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
-    #[error("--memory {size}: with its devices the machine would end at {end:#x}, and this CPU has {bits} bits of physical address")]
+    #[error(
+        "--memory {size}: with its devices the machine would end at {end:#x}, and this CPU has {bits} bits of physical address"
+    )]
     TooLarge { size: ByteSize, end: u64, bits: u8 },
 }
 
@@ -96,7 +94,7 @@ pub fn plan(config: &MachineConfig, address_bits: u8) -> Result<MachinePlan, Pla
         return Err(too_large(end));
     }
     let mmio64 = Window { base, size: MMIO64_SIZE };
-    Ok(MachinePlan { ram, mmio64, slots: assign_slots(config, mmio64.base) })
+    Ok(MachinePlan { ram, mmio64, slots: assign_slots(config) })
 }
 
 fn lay_out_ram(size: u64) -> Vec<RamRegion> {
@@ -109,7 +107,7 @@ fn lay_out_ram(size: u64) -> Vec<RamRegion> {
 }
 
 /// Disks first, each kind in the order given: what a guest calls vda is the first disk.
-fn assign_slots(config: &MachineConfig, bars: u64) -> Vec<SlotPlan> {
+fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
         let name = disk.id.clone().unwrap_or_else(|| format!("disk{at}"));
         let queues = disk.queues.unwrap_or_else(|| u16::from(config.cpus).min(DiskConfig::DEFAULT_QUEUES));
@@ -123,9 +121,12 @@ fn assign_slots(config: &MachineConfig, bars: u64) -> Vec<SlotPlan> {
     });
     (1_u8..)
         .zip(disks.chain(devices))
-        .map(|(device_number, (name, device_type, queues, backend))| {
-            let bar = bars + u64::from(device_number - 1) * BAR_SIZE;
-            SlotPlan { name, device_type, device_number, bar, queues, backend }
+        .map(|(device_number, (name, device_type, queues, backend))| SlotPlan {
+            name,
+            device_type,
+            device_number,
+            queues,
+            backend,
         })
         .collect()
 }

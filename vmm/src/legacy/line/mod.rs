@@ -13,13 +13,13 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::event::{PollFlags, Timespec, poll};
 use rustix::event::PollFd;
+use rustix::event::{PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::terminal::{Command, Keys, RawTerminal};
 use super::uart::Uart;
+use crate::bus::Event;
 use crate::config::UartConfig;
 pub use output::{Output, Transmitter};
 
@@ -46,10 +46,21 @@ pub enum LineError {
 enum End {
     /// No input will ever come.
     Mute,
-    Stdio { input: Option<OwnedFd>, keys: Keys, terminal: Option<RawTerminal> },
+    Stdio {
+        input: Option<OwnedFd>,
+        keys: Keys,
+        terminal: Option<RawTerminal>,
+    },
     /// The slave is held open: without it the master reads as hung up whenever nobody else has the terminal.
-    Pty { input: OwnedFd, _slave: OwnedFd },
-    Socket { listener: UnixListener, path: PathBuf, client: Option<OwnedFd> },
+    Pty {
+        input: OwnedFd,
+        _slave: OwnedFd,
+    },
+    Socket {
+        listener: UnixListener,
+        path: PathBuf,
+        client: Option<OwnedFd>,
+    },
 }
 
 pub struct Line {
@@ -61,7 +72,7 @@ pub struct Line {
 
 impl Line {
     /// Opens the line. `wake` is signalled when the machine thread should call [`Line::serve`].
-    pub fn open(config: &UartConfig, wake: &EventFd) -> Result<Self, LineError> {
+    pub fn open(config: &UartConfig, wake: &Arc<Event>) -> Result<Self, LineError> {
         let (end, sink) = match config {
             UartConfig::Off => (End::Mute, None),
             UartConfig::Stdio => open_stdio().map_err(LineError::Stdio)?,
@@ -73,7 +84,7 @@ impl Line {
             }
             UartConfig::Unix(path) => (listen(path)?, None),
         };
-        let output = Arc::new(Output::new(sink, wake.try_clone().map_err(LineError::Stdio)?));
+        let output = Arc::new(Output::new(sink, wake.clone()));
         Ok(Self { end, output, pending: Vec::new() })
     }
 

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::is_ready;
+use crate::bus::Event;
 
 /// What is kept for an end that does not read. Beyond it the oldest bytes go: the newest say what happened.
 const BACKLOG: usize = 64 << 10;
@@ -20,7 +20,7 @@ const CHUNK: usize = 4096;
 
 pub struct Output {
     state: Mutex<State>,
-    wake: EventFd,
+    wake: Arc<Event>,
 }
 
 #[derive(Default)]
@@ -30,7 +30,7 @@ struct State {
 }
 
 impl Output {
-    pub(super) fn new(sink: Option<OwnedFd>, wake: EventFd) -> Self {
+    pub(super) fn new(sink: Option<OwnedFd>, wake: Arc<Event>) -> Self {
         Self { state: Mutex::new(State { sink, backlog: VecDeque::new() }), wake }
     }
 
@@ -99,7 +99,7 @@ impl Write for Transmitter {
         let stalled = state.sink.is_some() && !state.backlog.is_empty();
         drop(state);
         if stalled {
-            let _ = self.0.wake.write(1);
+            self.0.wake.signal();
         }
         Ok(bytes.len())
     }
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     fn output(sink: Option<OwnedFd>) -> Arc<Output> {
-        Arc::new(Output::new(sink, EventFd::new(0).unwrap()))
+        Arc::new(Output::new(sink, Event::new().unwrap().into()))
     }
 
     #[test]
