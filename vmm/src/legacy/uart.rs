@@ -28,14 +28,9 @@ type Registers = Serial<Interrupt, RoomForInput, Transmitter>;
 
 impl Uart {
     /// `interrupt` is the irqfd of [`IRQ`]; `wake` is signalled when the guest has read all input there was.
-    pub fn new(interrupt: &EventFd, output: Arc<Output>, wake: &EventFd) -> io::Result<Self> {
-        let serial = registers(interrupt, &output, wake)?;
-        Ok(Self {
-            serial: Mutex::new(serial),
-            interrupt: interrupt.try_clone()?,
-            output,
-            wake: wake.try_clone()?,
-        })
+    pub fn new(interrupt: Arc<Event>, output: Arc<Output>, wake: Arc<Event>) -> Self {
+        let serial = Mutex::new(registers(&interrupt, &output, &wake));
+        Self { serial, interrupt, output, wake }
     }
 
     /// Hands the guest as many of `bytes` as its FIFO has room for, and says how many those were.
