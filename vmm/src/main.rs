@@ -9,5 +9,7 @@ mod legacy;
 mod memory;
 mod pci;
 mod plan;
+mod vhost;
+mod virtio;
 
 fn main() {}
