@@ -4,11 +4,12 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use crate::cache::{self, Cache};
 use crate::debian::Apt;
 use crate::error::{Context, Error, Result, run};
+use crate::tools::Tools;
 
 /// Offsets in a bzImage (Linux, Documentation/arch/x86/boot.rst).
 const SETUP_SECTS: usize = 0x1f1;
@@ -20,6 +21,7 @@ const SECTOR: usize = 512;
 #[derive(Debug, Clone)]
 pub struct Kernel {
     root: PathBuf,
+    tools: Tools,
     pub version: String,
 }
 
@@ -41,11 +43,11 @@ impl Kernel {
             let version = package.trim_start_matches("linux-image-");
             eprintln!("lab: fetching {package}");
             apt.unpack(&package, place)?;
-            run(Command::new("/sbin/depmod").arg("-b").arg(place).arg(version), "kmod")?;
+            run(Tools::open(cache)?.command("depmod").arg("-b").arg(place).arg(version), "kmod")?;
             fs::write(place.join("version"), version).context(|| "write the kernel's version")
         })?;
         let version = fs::read_to_string(root.join("version")).context(|| "read the kernel's version")?;
-        Ok(Self { root, version })
+        Ok(Self { root, tools: Tools::open(cache)?, version })
     }
 
     /// The compressed image with the boot protocol's header.
@@ -56,7 +58,8 @@ impl Kernel {
     /// The uncompressed ELF file inside the image; it has a PVH note.
     pub fn vmlinux(&self, cache: &Cache) -> Result<PathBuf> {
         let place = cache.entry("vmlinux", &cache::key(&[&self.version, "1"]), |place| {
-            fs::write(place.join("vmlinux"), extract_vmlinux(&self.bzimage())?).context(|| "write vmlinux")
+            fs::write(place.join("vmlinux"), extract_vmlinux(&self.tools, &self.bzimage())?)
+                .context(|| "write vmlinux")
         })?;
         Ok(place.join("vmlinux"))
     }
@@ -88,7 +91,7 @@ impl Kernel {
             for file in needs.split_whitespace().rev().chain([module]) {
                 if seen.insert(file.to_owned()) {
                     let path = self.modules().join(file);
-                    files.push((format!("{}.ko", module_name(file)), decompressed(&path)?));
+                    files.push((format!("{}.ko", module_name(file)), decompressed(&self.tools, &path)?));
                 }
             }
         }
@@ -109,51 +112,52 @@ fn module_name(line: &str) -> String {
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
 
-fn decompressed(path: &Path) -> Result<Vec<u8>> {
+fn decompressed(tools: &Tools, path: &Path) -> Result<Vec<u8>> {
     let bytes = fs::read(path).context(|| format!("read {}", path.display()))?;
     if bytes.starts_with(b"\x7fELF") {
         return Ok(bytes);
     }
-    decompress(&bytes, path)
+    decompress(tools, &bytes, path)
 }
 
 /// Takes the ELF file out of a bzImage, from where its header says that it is.
-fn extract_vmlinux(image: &Path) -> Result<Vec<u8>> {
+fn extract_vmlinux(tools: &Tools, image: &Path) -> Result<Vec<u8>> {
     let malformed = |why: &str| Error::Malformed { path: image.to_owned(), why: why.to_owned() };
     let bytes = fs::read(image).context(|| format!("read {}", image.display()))?;
-    let word = |at: usize| -> Option<usize> {
-        Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?) as usize)
-    };
-    let header = || -> Option<&[u8]> {
-        let start = (usize::from(*bytes.get(SETUP_SECTS)?) + 1) * SECTOR + word(PAYLOAD_OFFSET)?;
-        bytes.get(start..start + word(PAYLOAD_LENGTH)?)
-    };
-    let payload = header().ok_or_else(|| malformed("this is no bzImage"))?;
-    let vmlinux = decompress(payload, image)?;
+    let payload = payload(&bytes).ok_or_else(|| malformed("this is no bzImage"))?;
+    let vmlinux = decompress(tools, payload, image)?;
     if !vmlinux.starts_with(b"\x7fELF") {
         return Err(malformed("its payload is no ELF file"));
     }
     Ok(vmlinux)
 }
 
-fn decompress(bytes: &[u8], of: &Path) -> Result<Vec<u8>> {
-    const METHODS: [(&[u8], &str, &[&str], &str); 3] = [
-        (b"\xfd7zXZ\0", "xz", &["-dc", "--single-stream"], "xz-utils"),
-        (b"\x28\xb5\x2f\xfd", "zstd", &["-dcq"], "zstd"),
-        (b"\x1f\x8b", "gzip", &["-dcq"], "gzip"),
+/// The compressed kernel in a bzImage.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?) as usize);
+    let start = (usize::from(*image.get(SETUP_SECTS)?) + 1) * SECTOR + word(PAYLOAD_OFFSET)?;
+    image.get(start..start + word(PAYLOAD_LENGTH)?)
+}
+
+fn decompress(tools: &Tools, bytes: &[u8], of: &Path) -> Result<Vec<u8>> {
+    const METHODS: [(&[u8], &str, &[&str]); 3] = [
+        (b"\xfd7zXZ\0", "xz", &["-dc", "--single-stream"]),
+        (b"\x28\xb5\x2f\xfd", "zstd", &["-dcq"]),
+        (b"\x02\x21\x4c\x18", "lz4", &["-dcq"]),
     ];
-    let (_, program, arguments, package) =
+    let (_, program, arguments) =
         METHODS.into_iter().find(|(magic, ..)| bytes.starts_with(magic)).ok_or_else(|| Error::Malformed {
             path: of.to_owned(),
             why: format!("compressed in an unknown way: begins {:02x?}", &bytes[..bytes.len().min(4)]),
         })?;
-    let mut child = Command::new(program)
+    let mut child = tools
+        .command(program)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
-        .map_err(|_| Error::NotInstalled { program: program.to_owned(), package })?;
+        .context(|| format!("start {program}"))?;
     let mut input = child.stdin.take();
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -181,10 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_bzimage_is_refused() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), b"#!/bin/sh\n").unwrap();
-        let error = extract_vmlinux(file.path()).unwrap_err().to_string();
-        assert!(error.contains("no bzImage"), "{error}");
+    fn a_file_that_is_no_bzimage_has_no_payload() {
+        assert_eq!(payload(b"#!/bin/sh\n"), None);
+        let mut image = vec![0; 4096];
+        image[SETUP_SECTS] = 3;
+        image[PAYLOAD_OFFSET..][..4].copy_from_slice(&16u32.to_le_bytes());
+        image[PAYLOAD_LENGTH..][..4].copy_from_slice(&32u32.to_le_bytes());
+        assert_eq!(payload(&image).map(<[u8]>::len), Some(32));
+        image[PAYLOAD_LENGTH..][..4].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(payload(&image), None);
     }
 }

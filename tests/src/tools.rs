@@ -14,18 +14,24 @@ use crate::cache::{self, Cache};
 use crate::debian::Apt;
 use crate::error::{Context, Result};
 
-const PACKAGES: [&str; 4] = ["qemu-system-x86", "qemu-utils", "fio", "busybox-static"];
+const PACKAGES: [&str; 8] =
+    ["qemu-system-x86", "qemu-utils", "fio", "busybox-static", "kmod", "lz4", "xz-utils", "zstd"];
 /// What gets a starter under `bin/`, and the path of the program in its package.
-const PROGRAMS: [(&str, &str); 5] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("qemu-system-x86_64", "usr/bin/qemu-system-x86_64"),
     ("qemu-storage-daemon", "usr/bin/qemu-storage-daemon"),
     ("qemu-img", "usr/bin/qemu-img"),
     ("qemu-io", "usr/bin/qemu-io"),
     ("fio", "usr/bin/fio"),
+    ("depmod", "bin/kmod"),
+    ("modprobe", "bin/kmod"),
+    ("lz4", "usr/bin/lz4"),
+    ("xz", "usr/bin/xz"),
+    ("zstd", "usr/bin/zstd"),
 ];
 const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
-/// QEMU, qemu-storage-daemon, fio and a static busybox.
+/// QEMU, qemu-storage-daemon, fio, a static busybox, and what unpacks kernels.
 #[derive(Debug, Clone)]
 pub struct Tools {
     root: PathBuf,
@@ -36,7 +42,7 @@ impl Tools {
         let key = cache::key(&[&PACKAGES.join(" "), STARTER, "2"]);
         let place = cache.entry("tools", &key, |place| {
             let apt = Apt::open(cache)?;
-            eprintln!("lab: fetching QEMU, fio and busybox, with their libraries (40 MB)");
+            eprintln!("lab: fetching QEMU, fio, busybox and others with their libraries (40 MB)");
             apt.unpack_with_dependencies(&PACKAGES, &place.join("root"))?;
             fs::create_dir(place.join("bin")).context(|| "create bin")?;
             PROGRAMS.iter().try_for_each(|(name, program)| write_starter(place, name, program))
@@ -53,8 +59,9 @@ impl Tools {
         self.root.join("root/bin/busybox")
     }
 
-    pub fn qemu(&self) -> Command {
-        Command::new(self.qemu_path())
+    /// One of the programs that have a starter.
+    pub fn command(&self, name: &str) -> Command {
+        Command::new(self.bin().join(name))
     }
 
     /// `$CLEAVE_LAB_QEMU`, or the one of the packages.
