@@ -18,7 +18,6 @@ mount -t devpts -o ptmxmode=0666 devpts /new/dev/pts
 mount -t tmpfs shm /new/dev/shm
 mount -t hugetlbfs hugetlbfs /new/dev/hugepages
 mount -t tmpfs run /new/run
-mount -t tmpfs tmp /new/tmp
 mount -t debugfs debugfs /new/sys/kernel/debug
 mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none share /new/lab || exit 1
