@@ -1,1 +1,13 @@
+//! What the tests stand on: a laboratory with a real KVM on any machine, guests to boot in it, and the
+//! Debian packages both are made of.
+//!
+//! Everything here is made once, from packages that Debian signs, and kept under `target/lab`; see [`cache`].
 
+pub mod cache;
+pub mod cpio;
+pub mod debian;
+pub mod error;
+pub mod guest;
+pub mod kernel;
+pub mod lab;
+pub mod tools;

@@ -1,0 +1,92 @@
+#!/bin/sh
+# The guest's view of its machine, one line a device; runs when the kernel command line says cleave.check,
+# then powers off. The command line says what to expect:
+#   cleave.check=1|reboot   reboot: once, before the check
+#   cleave.cpus=N           vCPUs
+#   cleave.memory=N         MiB given to the guest; the kernel keeps some of them
+failures=0
+say() { echo "cleave-check: $*"; }
+verdict() { # STATUS WORDS...
+    if [ "$1" -eq 0 ]; then
+        shift
+        say "$*: ok"
+    else
+        shift
+        say "$*: FAILED"
+        failures=$((failures + 1))
+    fi
+}
+expected() { # KEY DEFAULT
+    value=$(tr ' ' '\n' </proc/cmdline | sed -n "s/^cleave\.$1=//p")
+    echo "${value:-$2}"
+}
+
+# Writes a file, drops the cache so that it comes from the disk again, and compares.
+check_written() { # DIRECTORY MIB
+    file=$1/cleave-check.data
+    head -c "$2M" /dev/urandom >/dev/shm/data && cp /dev/shm/data "$file" && sync "$file" || return 1
+    echo 3 >/proc/sys/vm/drop_caches
+    cmp -s /dev/shm/data "$file"
+    same=$?
+    rm -f "$file" /dev/shm/data
+    return $same
+}
+
+check_block() { # NAME
+    bytes=$(($(cat "/sys/block/$1/size") * 512))
+    size=$(numfmt --to=iec "$bytes")
+    queues=$(ls "/sys/block/$1/mq" | wc -l)
+    if [ "/dev/$1" = "$(findmnt -no SOURCE /)" ]; then
+        check_written /var/tmp 16
+        verdict $? "block $1: $size, queues: $queues, wrote and read back 16M"
+    else
+        [ "$(cat "/sys/block/$1/ro")" = 1 ] && how="read-only, " || how=
+        dd if="/dev/$1" of=/dev/null bs=1M count=16 iflag=direct 2>/dev/null
+        verdict $? "block $1: $size, queues: $queues, ${how}read"
+    fi
+}
+
+check_virtio() { # DIRECTORY
+    name=${1##*/}
+    if [ ! -e "$1/driver" ]; then
+        verdict 1 "virtio $name: device type $(cat "$1/device") without a driver"
+        return
+    fi
+    driver=$(basename "$(readlink "$1/driver")")
+    block=$(ls "$1/block" 2>/dev/null)
+    if [ -n "$block" ]; then
+        check_block "$block"
+    elif [ "$driver" = virtio_rng ]; then
+        [ "$(head -c 64 /dev/hwrng | wc -c)" = 64 ]
+        verdict $? "rng $name: 64 bytes from /dev/hwrng"
+    else
+        verdict 0 "$driver $name: driver bound"
+    fi
+}
+
+if [ "$(expected check 1)" = reboot ]; then
+    mark=/var/lib/cleave-check-rebooted
+    if [ ! -e "$mark" ]; then
+        touch "$mark" && sync
+        say "rebooting"
+        exec systemctl --no-block reboot
+    fi
+    rm -f "$mark"
+    say "came back from the reboot"
+fi
+
+. /etc/os-release
+say "system: $PRETTY_NAME, Linux $(uname -r), systemd $(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')"
+cpus=$(nproc)
+[ "$cpus" = "$(expected cpus "$cpus")" ]
+verdict $? "vCPUs: $cpus of $(expected cpus "$cpus")"
+memory=$(($(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo) / 1024))
+given=$(expected memory "$memory")
+[ "$memory" -le "$given" ] && [ $((memory * 10)) -ge $((given * 8)) ]
+verdict $? "memory: $memory MiB usable of $given MiB"
+for device in /sys/bus/virtio/devices/*; do
+    [ -e "$device" ] && check_virtio "$device"
+done
+verdict 0 "uart $(cat /sys/class/tty/console/active): these words"
+[ "$failures" = 0 ] && say "passed" || say "failed: $failures"
+exec systemctl --no-block poweroff

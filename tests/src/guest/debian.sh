@@ -1,0 +1,32 @@
+#!/bin/sh
+# Makes a minimal Debian on a raw disk image: debian.sh DIRECTORY SOURCES CHECK UNIT
+# Leaves disk.raw, vmlinuz and initrd (Debian's own) in DIRECTORY. Needs root.
+set -eu
+directory=$1 sources=$2 check=$3 unit=$4
+root=$directory/root
+
+mmdebstrap --quiet --variant=minbase \
+    --include=systemd-sysv,udev,dbus,login,kmod,procps,iproute2,pciutils,e2fsprogs,linux-image-cloud-amd64 \
+    --aptopt='Acquire::Languages "none"' \
+    --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' \
+    bookworm "$root" "$sources"
+
+echo cleave-guest >"$root/etc/hostname"
+echo '127.0.0.1 localhost cleave-guest' >"$root/etc/hosts"
+echo '/dev/vda / ext4 noatime 0 0' >"$root/etc/fstab"
+printf 'Debian GNU/Linux 12 on Cleave \\l: log in as root, without a password\n\n' >"$root/etc/issue"
+chroot "$root" passwd --quiet --delete root
+rm -f "$root"/etc/systemd/system/timers.target.wants/apt-daily*.timer "$root"/etc/machine-id
+: >"$root/etc/machine-id"
+install -m 755 "$check" "$root/usr/local/sbin/cleave-check"
+install -m 644 "$unit" "$root/etc/systemd/system/cleave-check.service"
+mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
+ln -s ../cleave-check.service "$root/etc/systemd/system/multi-user.target.wants/cleave-check.service"
+
+cp "$root"/boot/vmlinuz-* "$directory/vmlinuz"
+cp "$root"/boot/initrd.img-* "$directory/initrd"
+chmod 644 "$directory/vmlinuz" "$directory/initrd"
+# The name of the file system keeps a person from taking it for something else.
+/sbin/mke2fs -q -t ext4 -L cleave-debian -d "$root" "$directory/disk.raw" 2G
+rm -rf "$root"
