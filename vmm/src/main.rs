@@ -1,6 +1,7 @@
 //! The Cleave virtual machine monitor.
 #![allow(dead_code, unused_imports)]
 
+mod arch;
 mod bus;
 mod cli;
 mod config;
