@@ -7,4 +7,5 @@ pub mod exit;
 pub mod logging;
 pub mod options;
 pub mod size;
+pub mod vhost_user;
 pub mod virtio;

@@ -7,10 +7,11 @@
 //! A comma inside a value is written twice (`path=a,,b` is the path `a,b`).
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
 
-use serde::de::value::MapDeserializer;
-use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, Visitor};
+use serde::de::value::{MapAccessDeserializer, MapDeserializer};
+use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, Visitor};
 use serde::forward_to_deserialize_any;
 
 /// What is wrong with an option's text.
@@ -46,7 +47,7 @@ where
     T: FromStr<Err: fmt::Display>,
     D: Deserializer<'de>,
 {
-    struct WordVisitor<T>(std::marker::PhantomData<T>);
+    struct WordVisitor<T>(PhantomData<T>);
 
     impl<T: FromStr<Err: fmt::Display>> Visitor<'_> for WordVisitor<T> {
         type Value = T;
@@ -68,7 +69,35 @@ where
         }
     }
 
-    deserializer.deserialize_any(WordVisitor(std::marker::PhantomData))
+    deserializer.deserialize_any(WordVisitor(PhantomData))
+}
+
+/// `Deserialize` for an option inside a configuration file: a table of its keys, or the text one would write on the
+/// command line, with `positional` as in [`parse`].
+pub fn table_or_text<'de, T, D>(deserializer: D, positional: Option<&'static str>) -> Result<T, D::Error>
+where
+    T: DeserializeOwned,
+    D: Deserializer<'de>,
+{
+    struct EitherVisitor<T>(Option<&'static str>, PhantomData<T>);
+
+    impl<'de, T: DeserializeOwned> Visitor<'de> for EitherVisitor<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a table, or text of the form key=value,...")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+            parse(text, self.0).map_err(E::custom)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+
+    deserializer.deserialize_any(EitherVisitor(positional, PhantomData))
 }
 
 /// The candidate most like `word`, if any is near enough to be meant.

@@ -1,0 +1,170 @@
+//! The command line: words in, [`Settings`] out. What a word means is said by the type it becomes.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use cleave_common::exit::Failure;
+use cleave_common::options;
+
+use crate::config::{DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, Settings, UartConfig};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  the guest shut down, or cleave was asked to stop
+  1  internal error: a bug in cleave
+  2  usage: the command line, the configuration or a file it names
+  3  host: no KVM, no permission, not enough memory
+  4  device: a daemon could not be started, reached or understood
+  6  guest fault: triple fault or KVM internal error
+
+Environment:
+  CLEAVE_LOG  what is logged to standard error: error, warn (the default), info, debug, trace";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  A Debian machine with its disk in a daemon that cleave starts:
+    cleave run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda console=ttyS0' \\
+        --memory 2G --cpus 2 --disk debian.raw
+  A disk and a random number generator served by daemons that someone else runs:
+    cleave run --kernel vmlinuz --device type=block,socket=/run/disk.sock \\
+        --device type=rng,socket=/run/rng.sock,wait=2min
+
+With --uart stdio, Ctrl-A x quits and Ctrl-A h lists the keys. SIGTERM presses the guest's power button; a second
+one, or SIGINT, stops the machine at once.";
+
+/// A virtual machine monitor whose devices are processes of their own, over vhost-user
+#[derive(Debug, Parser)]
+#[command(version, after_long_help = EXIT_CODES, after_help = "'cleave help COMMAND' says more.")]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a machine until its guest shuts down
+    #[command(after_long_help = format!("{RUN_EXAMPLES}\n\n{EXIT_CODES}"))]
+    Run(Box<RunArgs>),
+    /// Say what this host offers and lacks for running machines, and what to do about it
+    Check {
+        /// Print JSON for programs
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Read the machine from a TOML file; its keys are named like these options, flags override it, and disks and
+    /// devices given here are added to the file's
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// The kernel: a bzImage (started by the 64-bit boot protocol) or an ELF vmlinux (started by PVH)
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+
+    /// The initial ramdisk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+
+    /// The kernel command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    append: Option<String>,
+
+    /// Number of vCPUs, 1 to 64 [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u8>,
+
+    /// Guest memory: SIZE, or size=SIZE[,backing=memfd|hugetlbfs][,page-size=2M|1G][,prefault=on] [default: 512M]
+    ///
+    /// backing=hugetlbfs takes the host's reserved huge pages. prefault=on takes all memory from the host before the
+    /// guest starts.
+    #[arg(long, value_name = "SIZE|KEYS", value_parser = |text: &str| options::parse::<MemoryConfig>(text, Some("size")))]
+    memory: Option<MemoryConfig>,
+
+    /// Add a disk, served by a cleave-block that is started for it:
+    /// PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
+    ///
+    /// PATH is an image file or a block device. queues= is the number of vCPUs, at most 4, unless given. cache=none
+    /// bypasses the host's page cache; the default is writeback. A comma in a value is written twice.
+    #[arg(long, value_name = "PATH|KEYS", value_parser = |text: &str| options::parse::<DiskConfig>(text, Some("path")))]
+    disk: Vec<DiskConfig>,
+
+    /// Attach a vhost-user daemon that someone else runs:
+    /// type=NAME|NUMBER,socket=PATH[,wait=30s][,queues=N][,id=NAME]
+    ///
+    /// type= is the virtio device's name (block, net, rng, fs, vsock, ...) or number. wait= is how long the daemon may
+    /// take to come up. queues= is for daemons that cannot say how many virtqueues they have; 1 unless given.
+    #[arg(long, value_name = "KEYS", value_parser = |text: &str| options::parse::<DeviceConfig>(text, None))]
+    device: Vec<DeviceConfig>,
+
+    /// Where the serial port ttyS0 goes: stdio, pty, file=PATH, unix=PATH or off [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    uart: Option<UartConfig>,
+}
+
+impl RunArgs {
+    /// The machine these flags and the configuration file they name ask for.
+    pub fn into_config(self) -> Result<MachineConfig, Failure> {
+        let base = match &self.config {
+            Some(path) => read_settings(path)?,
+            None => Settings::default(),
+        };
+        let flags = Settings {
+            kernel: self.kernel,
+            initrd: self.initrd,
+            append: self.append,
+            cpus: self.cpus,
+            memory: self.memory,
+            uart: self.uart,
+            disk: self.disk,
+            device: self.device,
+        };
+        base.overridden_by(flags).validate().map_err(Failure::usage)
+    }
+}
+
+fn read_settings(path: &Path) -> Result<Settings, Failure> {
+    let complain = |error: &dyn std::fmt::Display| {
+        Failure::usage(format!("--config {}: {}", path.display(), error.to_string().trim_end()))
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| complain(&error))?;
+    toml::from_str(&text).map_err(|error| complain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn refuse(words: &[&str]) -> String {
+        Cli::try_parse_from(words).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_commands_are_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn unknown_words_name_the_nearest() {
+        assert!(refuse(&["cleave", "chek"]).contains("'check'"));
+        assert!(refuse(&["cleave", "run", "--kernal", "x"]).contains("'--kernel'"));
+        let said = refuse(&["cleave", "run", "--disk", "x,redonly=on"]);
+        assert!(said.contains("did you mean 'readonly'?"), "{said}");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let Command::Run(run) =
+            Cli::parse_from(["cleave", "run", "--config", "/nonexistent/vm.toml"]).command
+        else {
+            panic!("not run");
+        };
+        let failure = run.into_config().unwrap_err();
+        assert_eq!(failure.code as u8, 2);
+        assert!(failure.to_string().starts_with("--config /nonexistent/vm.toml: No such file"), "{failure}");
+    }
+}

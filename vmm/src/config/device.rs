@@ -1,0 +1,91 @@
+//! `--disk` and `--device`: the two ways a device comes to the machine. A disk is a daemon that we start; a device
+//! is a daemon that someone else runs.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use cleave_common::options;
+use cleave_common::virtio::DeviceType;
+use serde::{Deserialize, Deserializer};
+
+/// `--disk PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DiskConfig {
+    pub path: PathBuf,
+    #[serde(default)]
+    pub format: DiskFormat,
+    #[serde(default)]
+    pub readonly: bool,
+    /// Virtqueues; as many as there are vCPUs, up to [`DiskConfig::DEFAULT_QUEUES`], if absent.
+    pub queues: Option<u16>,
+    #[serde(default)]
+    pub cache: CacheMode,
+    /// What the guest reads as the disk's serial number, at most 20 bytes.
+    pub serial: Option<String>,
+    pub id: Option<String>,
+}
+
+impl DiskConfig {
+    pub const MAX_QUEUES: u16 = 64;
+    pub const DEFAULT_QUEUES: u16 = 4;
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    #[default]
+    Raw,
+}
+
+/// What stands between the guest's writes and the medium.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheMode {
+    /// O_DIRECT where the file system has it: the host's page cache is not used.
+    None,
+    #[default]
+    Writeback,
+    Writethrough,
+}
+
+/// `--device type=block,socket=PATH[,wait=30s][,queues=N][,id=ID]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DeviceConfig {
+    pub r#type: DeviceType,
+    pub socket: PathBuf,
+    #[serde(default)]
+    pub wait: Wait,
+    /// Virtqueues, for a daemon that cannot say how many it has (no VHOST_USER_PROTOCOL_F_MQ).
+    pub queues: Option<u16>,
+    pub id: Option<String>,
+}
+
+/// How long to wait for a daemon to come up before the machine is given up: `30s`, `2min`, `0s`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wait(pub Duration);
+
+impl Default for Wait {
+    fn default() -> Self {
+        Self(Duration::from_secs(30))
+    }
+}
+
+impl FromStr for Wait {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let duration: Result<humantime::Duration, _> = text.parse();
+        duration
+            .map(|duration| Self(duration.into()))
+            .map_err(|_| format!("'{text}' is no time span: write it as 30s, 500ms or 2min"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Wait {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        options::from_word(deserializer)
+    }
+}

@@ -1,0 +1,151 @@
+//! The writing end of the line: bounded, and never waited for.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+
+use super::is_ready;
+use crate::bus::Event;
+
+/// What is kept for an end that does not read. Beyond it the oldest bytes go: the newest say what happened.
+const BACKLOG: usize = 64 << 10;
+
+/// A reader that takes no byte at a time costs a system call a byte; one that takes less than this at once is asked
+/// again when it is ready. Not more than a pipe takes whole.
+const CHUNK: usize = 4096;
+
+pub struct Output {
+    state: Mutex<State>,
+    wake: Arc<Event>,
+}
+
+#[derive(Default)]
+struct State {
+    sink: Option<OwnedFd>,
+    backlog: VecDeque<u8>,
+}
+
+impl Output {
+    pub(super) fn new(sink: Option<OwnedFd>, wake: Arc<Event>) -> Self {
+        Self { state: Mutex::new(State { sink, backlog: VecDeque::new() }), wake }
+    }
+
+    /// A new reader, or none. What the last one did not read, the next one gets.
+    pub(super) fn connect(&self, sink: Option<OwnedFd>) {
+        self.lock().sink = sink;
+    }
+
+    /// The end to wait for, while something is to be sent to it.
+    pub fn stalled(&self) -> Option<OwnedFd> {
+        let state = self.lock();
+        let sink = state.sink.as_ref().filter(|_| !state.backlog.is_empty())?;
+        sink.try_clone().ok()
+    }
+
+    /// Sends what can be sent without waiting.
+    pub(super) fn flush(&self) {
+        self.lock().flush();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn flush(&mut self) {
+        while let (Some(sink), false) = (&self.sink, self.backlog.is_empty()) {
+            let (front, _) = self.backlog.as_slices();
+            let Some(sent) = write_some(sink.as_fd(), &front[..front.len().min(CHUNK)]) else {
+                self.sink = None;
+                return;
+            };
+            if sent == 0 {
+                return;
+            }
+            self.backlog.drain(..sent);
+        }
+    }
+}
+
+/// How many bytes went out without waiting; `None` if the reader is gone.
+fn write_some(sink: BorrowedFd<'_>, bytes: &[u8]) -> Option<usize> {
+    if !is_ready(sink, PollFlags::OUT) {
+        return Some(0);
+    }
+    match rustix::io::write(sink, bytes) {
+        Ok(sent) => Some(sent),
+        Err(Errno::AGAIN | Errno::INTR) => Some(0),
+        Err(_) => None,
+    }
+}
+
+/// The uart's transmitter. It takes every byte: a guest must not see that nobody listens.
+#[derive(Clone)]
+pub struct Transmitter(pub Arc<Output>);
+
+impl Write for Transmitter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.0.lock();
+        let excess = (state.backlog.len() + bytes.len()).saturating_sub(BACKLOG);
+        let excess = excess.min(state.backlog.len());
+        state.backlog.drain(..excess);
+        state.backlog.extend(bytes);
+        state.flush();
+        let stalled = state.sink.is_some() && !state.backlog.is_empty();
+        drop(state);
+        if stalled {
+            self.0.wake.signal();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(sink: Option<OwnedFd>) -> Arc<Output> {
+        Arc::new(Output::new(sink, Event::new().unwrap().into()))
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_costs_the_writer_nothing() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let output = output(Some(writer));
+        let mut transmitter = Transmitter(output.clone());
+        for n in 0..40_000_u32 {
+            transmitter.write_all(&n.to_le_bytes()).unwrap();
+        }
+        assert!(output.stalled().is_some());
+        let mut seen = Vec::new();
+        let mut chunk = [0; 4096];
+        while is_ready(reader.as_fd(), PollFlags::IN) {
+            let count = rustix::io::read(&reader, &mut chunk).unwrap();
+            seen.extend_from_slice(&chunk[..count]);
+            output.flush();
+        }
+        assert!(output.stalled().is_none());
+        assert_eq!(seen[seen.len() - 4..], 39_999_u32.to_le_bytes(), "the newest bytes are kept");
+        assert!(seen.len() < 160_000, "the oldest beyond the bound are not");
+    }
+
+    #[test]
+    fn the_next_reader_gets_what_waited() {
+        let output = output(None);
+        Transmitter(output.clone()).write_all(b"early").unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        output.connect(Some(writer));
+        output.flush();
+        let mut chunk = [0; 16];
+        assert_eq!(rustix::io::read(&reader, &mut chunk), Ok(5));
+    }
+}

@@ -1,0 +1,156 @@
+//! From what was asked for to where everything goes: a pure function, so that everything that can be refused is
+//! refused before KVM or a daemon is touched.
+//!
+//! Guest-physical addresses:
+//!
+//! ```text
+//! 0               RAM, up to 3 GiB
+//! 0xc000_0000     32-bit MMIO window (nothing of ours is in it: all BARs are 64-bit)
+//! 0xe000_0000     ECAM, bus 0
+//! 0xfec0_0000     I/O APIC, local APIC, KVM's own pages
+//! 0x1_0000_0000   the rest of RAM
+//! above RAM       64-bit MMIO window: one BAR a device
+//! ```
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cleave_common::size::ByteSize;
+use cleave_common::virtio::DeviceType;
+
+use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig};
+use crate::memory::RamRegion;
+
+const GIB: u64 = 1 << 30;
+/// RAM ends here at the latest, and goes on at [`HIGH_RAM`].
+const LOW_RAM_END: u64 = 3 * GIB;
+const HIGH_RAM: u64 = 4 * GIB;
+
+pub const MMIO32: Window = Window { base: LOW_RAM_END, size: GIB / 2 };
+/// Configuration space of one bus.
+pub const ECAM: Window = Window { base: 0xe000_0000, size: 1 << 20 };
+
+/// More than 31 devices' BARs need, so that a guest that likes to move them finds room.
+const MMIO64_SIZE: u64 = 16 * GIB;
+
+/// Signalled when the power button is pressed.
+pub const POWER_BUTTON_GSI: u32 = 5;
+
+/// A range of guest-physical addresses, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    pub base: u64,
+    pub size: u64,
+}
+
+/// Where everything of one machine goes.
+#[derive(Debug, PartialEq)]
+pub struct MachinePlan {
+    pub ram: Vec<RamRegion>,
+    pub mmio64: Window,
+    pub slots: Vec<SlotPlan>,
+}
+
+/// One device on the root bus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotPlan {
+    /// What messages call the device: the `id=` given, or its kind and number (`disk0`, `rng1`).
+    pub name: String,
+    pub device_type: DeviceType,
+    /// PCI device number, 1 to 31.
+    pub device_number: u8,
+    /// Virtqueues to assume of a daemon that cannot say how many it has.
+    pub queues: Option<u16>,
+    pub backend: Backend,
+}
+
+/// Who serves a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backend {
+    /// A daemon that we start and end; the vhost-user socket is added to its arguments.
+    Spawn { program: &'static str, arguments: Vec<OsString> },
+    /// A daemon that someone else runs.
+    Attach { socket: PathBuf, wait: Duration },
+}
+
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    #[error(
+        "--memory {size}: with its devices the machine would end at {end:#x}, and this CPU has {bits} bits of physical address"
+    )]
+    TooLarge { size: ByteSize, end: u64, bits: u8 },
+}
+
+/// Lays out the machine for a CPU with `address_bits` bits of physical address.
+pub fn plan(config: &MachineConfig, address_bits: u8) -> Result<MachinePlan, PlanError> {
+    let size = config.memory.size;
+    let too_large = |end| PlanError::TooLarge { size, end, bits: address_bits };
+    let ram = lay_out_ram(size.bytes());
+    let ram_end = ram.iter().map(|region| region.gpa.saturating_add(region.size)).max().unwrap_or(0);
+    let base = ram_end.max(HIGH_RAM).checked_next_multiple_of(GIB).ok_or_else(|| too_large(u64::MAX))?;
+    let end = base.checked_add(MMIO64_SIZE).ok_or_else(|| too_large(u64::MAX))?;
+    if end > 1_u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX) {
+        return Err(too_large(end));
+    }
+    let mmio64 = Window { base, size: MMIO64_SIZE };
+    Ok(MachinePlan { ram, mmio64, slots: assign_slots(config) })
+}
+
+fn lay_out_ram(size: u64) -> Vec<RamRegion> {
+    let low = size.min(LOW_RAM_END);
+    let mut ram = vec![RamRegion { gpa: 0, size: low, file_offset: 0 }];
+    if size > low {
+        ram.push(RamRegion { gpa: HIGH_RAM, size: size - low, file_offset: low });
+    }
+    ram
+}
+
+/// Disks first, each kind in the order given: what a guest calls vda is the first disk.
+fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
+    let disks = config.disks.iter().enumerate().map(|(at, disk)| {
+        let name = disk.id.clone().unwrap_or_else(|| format!("disk{at}"));
+        let queues = disk.queues.unwrap_or_else(|| u16::from(config.cpus).min(DiskConfig::DEFAULT_QUEUES));
+        let backend = Backend::Spawn { program: "cleave-block", arguments: block_arguments(disk, queues) };
+        (name, DeviceType::BLOCK, Some(queues), backend)
+    });
+    let devices = config.devices.iter().enumerate().map(|(at, device)| {
+        let name = device.id.clone().unwrap_or_else(|| format!("{}{at}", device.r#type));
+        let backend = Backend::Attach { socket: device.socket.clone(), wait: device.wait.0 };
+        (name, device.r#type, device.queues, backend)
+    });
+    (1_u8..)
+        .zip(disks.chain(devices))
+        .map(|(device_number, (name, device_type, queues, backend))| SlotPlan {
+            name,
+            device_type,
+            device_number,
+            queues,
+            backend,
+        })
+        .collect()
+}
+
+fn block_arguments(disk: &DiskConfig, queues: u16) -> Vec<OsString> {
+    let format = match disk.format {
+        DiskFormat::Raw => "raw",
+    };
+    let cache = match disk.cache {
+        CacheMode::None => "none",
+        CacheMode::Writeback => "writeback",
+        CacheMode::Writethrough => "writethrough",
+    };
+    let mut arguments: Vec<OsString> = vec!["--blk-file".into(), disk.path.clone().into()];
+    arguments.extend(["--format", format, "--cache", cache, "--num-queues"].map(OsString::from));
+    arguments.push(queues.to_string().into());
+    if let Some(serial) = &disk.serial {
+        arguments.extend(["--serial".into(), serial.into()]);
+    }
+    if disk.readonly {
+        arguments.push("--read-only".into());
+    }
+    arguments
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,68 @@
+use cleave_common::options;
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::Settings;
+
+fn config(memory: &str, disks: &[&str], devices: &[&str]) -> MachineConfig {
+    let settings = Settings {
+        kernel: Some("vmlinuz".into()),
+        cpus: Some(2),
+        memory: Some(options::parse(memory, Some("size")).unwrap()),
+        disk: disks.iter().map(|text| options::parse(text, Some("path")).unwrap()).collect(),
+        device: devices.iter().map(|text| options::parse(text, None).unwrap()).collect(),
+        ..Settings::default()
+    };
+    settings.validate().unwrap()
+}
+
+#[test]
+fn memory_splits_around_the_hole() {
+    let below = plan(&config("3G", &[], &[]), 40).unwrap();
+    assert_eq!(below.ram, [RamRegion { gpa: 0, size: 3 * GIB, file_offset: 0 }]);
+    let above = plan(&config("5G", &[], &[]), 40).unwrap();
+    assert_eq!(above.ram[1], RamRegion { gpa: 4 * GIB, size: 2 * GIB, file_offset: 3 * GIB });
+    assert_eq!(above.mmio64.base, 6 * GIB);
+}
+
+#[test]
+fn a_machine_beyond_the_cpu_is_refused() {
+    assert!(plan(&config("1000G", &[], &[]), 40).is_ok());
+    for memory in ["1024G", "16777215T"] {
+        let error = plan(&config(memory, &[], &[]), 40).unwrap_err().to_string();
+        assert!(error.contains("40 bits"), "{error}");
+    }
+}
+
+#[test]
+fn slots_are_named_and_numbered_in_order() {
+    let config = config("1G", &["a.raw", "b.raw,id=data,readonly=on,queues=3"], &["type=rng,socket=/s"]);
+    let slots = plan(&config, 40).unwrap().slots;
+    let names: Vec<_> = slots.iter().map(|slot| (slot.name.as_str(), slot.device_number)).collect();
+    assert_eq!(names, [("disk0", 1), ("data", 2), ("rng0", 3)]);
+    let Backend::Spawn { program, arguments } = &slots[1].backend else { panic!("a disk is spawned") };
+    assert_eq!(*program, "cleave-block");
+    let expected = "--blk-file b.raw --format raw --cache writeback --num-queues 3 --read-only";
+    assert_eq!(arguments.join(" ".as_ref()), *expected);
+    assert_eq!(slots[0].queues, Some(2), "a queue for each vCPU");
+}
+
+proptest! {
+    #[test]
+    fn nothing_overlaps(pages in (16_u64 << 8)..(1 << 27), disks in 0..31_usize) {
+        let disks: Vec<_> = (0..disks).map(|n| format!("d{n}")).collect();
+        let disks: Vec<_> = disks.iter().map(String::as_str).collect();
+        let size = pages << 12;
+        let plan = plan(&config(&size.to_string(), &disks, &[]), 52).unwrap();
+        let mut ranges: Vec<_> = plan.ram.iter().map(|r| (r.gpa, r.size)).collect();
+        prop_assert_eq!(ranges.iter().map(|(_, size)| size).sum::<u64>(), size);
+        ranges.extend([MMIO32, ECAM].map(|w| (w.base, w.size)));
+        ranges.extend([(0xfec0_0000, 0x140_0000)]);
+        ranges.extend([(plan.mmio64.base, plan.mmio64.size)]);
+        ranges.sort_unstable();
+        for pair in ranges.windows(2) {
+            prop_assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{:x?}", pair);
+        }
+        prop_assert_eq!(plan.slots.len(), disks.len());
+    }
+}
