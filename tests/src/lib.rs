@@ -10,4 +10,6 @@ pub mod error;
 pub mod guest;
 pub mod kernel;
 pub mod lab;
+pub mod peers;
 pub mod tools;
+pub mod vm;
