@@ -3,16 +3,13 @@
 
 use std::sync::Arc;
 
-use cleave_common::exit::Failure;
-use kvm_ioctls::IoEventAddress;
-
 use super::buses::Buses;
 use super::connect::{connect_all, start_daemons};
-use super::event::{Event, EventQueue, EventSender};
+use super::event::{Event, EventQueue, EventSender, SlotIndex};
+use super::firmware::Firmware;
 use super::signals::Signals;
 use super::{Machine, Phase};
-use crate::arch::x86_64::boot::Boot;
-use crate::arch::x86_64::{acpi, cpuid, msr};
+use crate::arch::x86_64::{cpuid, msr};
 use crate::bus;
 use crate::config::{self, MachineConfig, UartConfig};
 use crate::kvm::irq::{Gsi, Routes};
@@ -23,9 +20,10 @@ use crate::legacy::power::{self, KeyboardReset, PowerPorts};
 use crate::legacy::uart::{self, Uart};
 use crate::memory::{self, GuestRam, RamOptions};
 use crate::pci::Root;
-use crate::plan::{self, MachinePlan, SlotPlan};
+use crate::plan::{self, MachinePlan};
 use crate::vhost::{MemoryTable, Negotiated, Region};
 use crate::virtio::{Device, Parts};
+use cleave_common::exit::Failure;
 
 /// Descriptors in a queue, unless its driver asks for fewer.
 const QUEUE_SIZE: u16 = 256;
@@ -33,7 +31,7 @@ const QUEUE_SIZE: u16 = 256;
 /// Builds the machine that `config` asks for. `None` if somebody asked to stop before it could run.
 pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let plan = plan::plan(config, cpuid::physical_address_bits()).map_err(Failure::usage)?;
-    let boot = open_boot(config, &plan)?;
+    let firmware = Firmware::open(config, &plan)?;
     let queue = EventQueue::new().map_err(Failure::host)?;
     let mut signals = Signals::catch().map_err(Failure::host)?;
 
@@ -58,10 +56,11 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
         vm,
         vcpus,
         root,
+        names: plan.slots.into_iter().map(|slot| slot.name).collect(),
         uart,
         line,
         power_button,
-        boot,
+        firmware,
         daemons,
     }))
 }
@@ -97,7 +96,7 @@ fn build_pci(
 ) -> Result<Arc<Root>, Failure> {
     let memory = memory_table(vm)?;
     let root = Root::new(Arc::clone(&buses.mmio), plan.mmio64.base, plan.mmio64.size);
-    for (slot, session) in plan.slots.iter().zip(sessions) {
+    for (at, (slot, session)) in plan.slots.iter().zip(sessions).enumerate() {
         let events = events.clone();
         let parts = Parts {
             name: slot.name.clone(),
@@ -106,7 +105,7 @@ fn build_pci(
             memory: Arc::clone(&memory),
             interrupts: Arc::clone(routes) as _,
             doorbells: Arc::new(vm.clone()),
-            events: Arc::new(move |event| events.send(Event::Device(event))),
+            events: Arc::new(move |event| events.send(Event::Device { slot: SlotIndex(at), event })),
         };
         let device = Device::new(parts, session).map_err(Failure::host)?;
         root.add(slot.device_number, device).map_err(Failure::internal)?;
@@ -136,7 +135,10 @@ fn build_uart(
 fn add_power(routes: &Routes, buses: &Buses, events: &EventSender) -> Result<Arc<bus::Event>, Failure> {
     let ask = |events: EventSender| move |request| events.send(Event::Power(request));
     let ports = Arc::new(PowerPorts(ask(events.clone())));
-    buses.pio.insert(power::SLEEP_CONTROL_PORT.into(), power::PORTS.into(), ports).map_err(Failure::internal)?;
+    buses
+        .pio
+        .insert(power::SLEEP_CONTROL_PORT.into(), power::PORTS.into(), ports)
+        .map_err(Failure::internal)?;
     let keyboard = Arc::new(KeyboardReset(ask(events.clone())));
     buses.pio.insert(power::KEYBOARD_COMMAND_PORT.into(), 1, keyboard).map_err(Failure::internal)?;
     let button = Arc::new(bus::Event::new().map_err(Failure::host)?);

@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::event::{Event, EventQueue, SlotIndex};
 use super::signals::Signals;
-use crate::daemon::Daemon;
+use crate::daemon::{self, Daemon};
 use crate::plan::{Backend, SlotPlan};
 use crate::vhost::{self, DEFAULT_DEADLINE, Endpoint, Negotiated, Target};
 
@@ -18,8 +18,8 @@ pub fn start_daemons(slots: &[SlotPlan]) -> Result<(Vec<Daemon>, Vec<Target>), F
     let mut targets = Vec::new();
     for slot in slots {
         let endpoint = match &slot.backend {
-            Backend::Spawn { program, arguments } => {
-                let (daemon, socket) = Daemon::spawn(&slot.name, program, arguments).map_err(Failure::device)?;
+            Backend::Spawn(spec) => {
+                let (daemon, socket) = daemon::spawn(spec).map_err(Failure::device)?;
                 daemons.push(daemon);
                 Endpoint::Socket(socket)
             }
@@ -35,7 +35,7 @@ pub fn start_daemons(slots: &[SlotPlan]) -> Result<(Vec<Daemon>, Vec<Target>), F
 /// cannot be had ends it: a machine with a part missing from the start is not the one that was asked for.
 pub fn connect_all(
     targets: Vec<Target>,
-    daemons: &mut [Daemon],
+    daemons: &mut Vec<Daemon>,
     queue: &EventQueue,
     signals: &mut Signals,
 ) -> Result<Option<Vec<Negotiated>>, Failure> {
@@ -76,10 +76,9 @@ fn wait(queue: &EventQueue, signals: &Signals) {
 }
 
 /// A daemon of ours that ended by itself has said why, and its exit code says whose fault it was.
-fn blame(daemons: &mut [Daemon], error: vhost::ConnectError) -> Failure {
-    let ours = daemons.iter_mut().find(|daemon| daemon.name() == error.device);
-    match ours.and_then(Daemon::refusal) {
-        Some(refusal) => refusal,
+fn blame(daemons: &mut Vec<Daemon>, error: vhost::ConnectError) -> Failure {
+    match daemons.iter().position(|daemon| daemon.device() == error.device) {
+        Some(ours) => daemons.swap_remove(ours).failure(error),
         None => Failure::device(error),
     }
 }

@@ -16,10 +16,19 @@ pub struct SlotIndex(pub usize);
 
 /// The closed list of what the machine thread reacts to.
 pub enum Event {
-    Vcpu { index: usize, event: VcpuEvent },
+    Vcpu {
+        index: usize,
+        event: VcpuEvent,
+    },
     /// A daemon has been reached and understood, or not.
-    Connected { slot: SlotIndex, result: Result<Negotiated, ConnectError> },
-    Device(DeviceEvent),
+    Connected {
+        slot: SlotIndex,
+        result: Result<Negotiated, ConnectError>,
+    },
+    Device {
+        slot: SlotIndex,
+        event: DeviceEvent,
+    },
     /// What the guest asked for at a power or reset port.
     Power(PowerRequest),
     /// Every device is back in the state after power-on.

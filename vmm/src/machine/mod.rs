@@ -17,21 +17,23 @@ mod build;
 mod buses;
 mod connect;
 mod event;
+mod firmware;
 mod signals;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cleave_common::exit::{ExitCode, Failure};
 use rustix::event::{PollFd, PollFlags, poll};
 
 pub use build::build;
 use event::{Event, EventQueue, SlotIndex};
+use firmware::Firmware;
 use signals::{Request, Signals};
 
-use crate::arch::x86_64::boot::Boot;
 use crate::bus;
-use crate::daemon::Daemon;
+use crate::daemon::{self, Daemon};
 use crate::kvm::Vm;
 use crate::kvm::vcpu::{VcpuEvent, VcpuHandle};
 use crate::legacy::line::Line;
@@ -40,6 +42,9 @@ use crate::legacy::terminal::{self, Command};
 use crate::legacy::uart::Uart;
 use crate::pci;
 use crate::virtio::DeviceEvent;
+
+/// How long a daemon may take to end when it is asked to.
+const DAEMON_GRACE: Duration = Duration::from_secs(2);
 
 /// Where the machine is in its life, once it runs.
 #[derive(Debug)]
@@ -71,10 +76,12 @@ pub struct Machine {
     /// Dropped before the devices they access.
     vcpus: Vec<VcpuHandle>,
     root: Arc<pci::Root>,
+    /// What messages call the devices, by slot.
+    names: Vec<String>,
     uart: Arc<Uart>,
     line: Line,
     power_button: Arc<bus::Event>,
-    boot: Boot,
+    firmware: Firmware,
     /// Last, so that the sessions with them have ended.
     daemons: Vec<Daemon>,
 }
@@ -113,7 +120,7 @@ impl Machine {
     /// Sleeps until something wants the machine thread.
     fn wait(&self) {
         let stalled = self.line.output().stalled();
-        let daemons = self.daemons.iter().filter_map(Daemon::pidfd).map(|fd| (fd, PollFlags::IN));
+        let daemons = self.daemons.iter().map(|daemon| (daemon.as_fd(), PollFlags::IN));
         let mut fds: Vec<_> = [(self.queue.wake().as_fd(), PollFlags::IN)]
             .into_iter()
             .chain(self.signals.fds().map(|fd| (fd, PollFlags::IN)))
@@ -136,7 +143,7 @@ impl Machine {
                     self.power_on()?;
                 }
             }
-            Event::Device(event) => report(&event),
+            Event::Device { slot, event } => self.report(slot, &event),
             // All of them were taken before there was a machine.
             Event::Connected { .. } => {}
         }
@@ -184,7 +191,7 @@ impl Machine {
             self.vm.reset_irqchips().map_err(Failure::host)?;
             self.uart.reset();
         }
-        let mut entry = Some(self.boot.load(self.vm.ram()).map_err(Failure::usage)?);
+        let mut entry = Some(self.firmware.load(self.vm.ram())?);
         for vcpu in &self.vcpus {
             vcpu.reset(entry.take());
             vcpu.run();
@@ -202,7 +209,11 @@ impl Machine {
         });
         // Ends at the latest when every session has met its deadline and dropped its token.
         let _ = wait.recv();
-        self.daemons.clear();
+        for exit in daemon::stop_all(std::mem::take(&mut self.daemons), DAEMON_GRACE) {
+            if !exit.success() {
+                tracing::warn!("{exit}");
+            }
+        }
     }
 
     fn obey_signal(&mut self, request: Request) -> Option<Ending> {
@@ -226,22 +237,25 @@ impl Machine {
     }
 
     fn reap_daemons(&mut self) {
-        for daemon in &mut self.daemons {
-            if let Some(end) = daemon.ended() {
-                tracing::error!("{end}");
+        self.daemons.retain_mut(|daemon| match daemon.exit() {
+            Some(exit) => {
+                tracing::error!("{exit}; the machine goes on without its device");
+                false
             }
-        }
+            None => true,
+        });
     }
-}
 
-fn report(event: &DeviceEvent) {
-    match event {
-        DeviceEvent::Running { device } => tracing::debug!("device {device} runs"),
-        DeviceEvent::Lost { device, reason } => {
-            tracing::error!("device {device} is lost: {reason}; the machine goes on without it");
-        }
-        DeviceEvent::Refused { device, reason } => {
-            tracing::error!("device {device} was set up by its driver in a way that cannot be: {reason}");
+    fn report(&self, slot: SlotIndex, event: &DeviceEvent) {
+        let device = self.names.get(slot.0).map_or("?", String::as_str);
+        match event {
+            DeviceEvent::Running => tracing::debug!("device {device} runs"),
+            DeviceEvent::Lost { reason } => {
+                tracing::error!("device {device} is lost: {reason}; the machine goes on without it");
+            }
+            DeviceEvent::Refused { reason } => {
+                tracing::error!("the driver of device {device} set it up in a way that cannot be: {reason}");
+            }
         }
     }
 }

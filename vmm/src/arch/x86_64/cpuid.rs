@@ -3,6 +3,8 @@
 //!
 //! The topology is one package of `vcpus` cores of one thread each; a vCPU's APIC id is its index.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// The machine's processors, as every vCPU is told of them.
@@ -36,6 +38,12 @@ const LEVEL_CORE: u32 = 2;
 
 /// A processor cannot have more leaves than this, so one that says it does is not believed.
 const SUBLEAVES: u32 = 3;
+
+/// Bits of a physical address on this host's CPU (leaf 0x8000_0008); 36 where it does not say.
+pub fn physical_address_bits() -> u8 {
+    const LEAF: u32 = 0x8000_0008;
+    if __cpuid(0x8000_0000).eax < LEAF { 36 } else { __cpuid(LEAF).eax as u8 }
+}
 
 /// The leaves of vCPU `index`, made from what KVM supports on this host (KVM_GET_SUPPORTED_CPUID).
 ///

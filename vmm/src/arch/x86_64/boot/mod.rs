@@ -75,6 +75,11 @@ struct Loaded {
     size: u64,
 }
 
+/// Refuses what is no kernel, without touching guest memory.
+pub fn check(kernel: &File) -> Result<(), BootError> {
+    Format::of(kernel).map(|_| ())
+}
+
 /// Loads kernel, initrd and command line into memory that reads as zeroes, and says how the first vCPU starts.
 pub fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<EntryState, BootError> {
     match Format::of(source.kernel)? {
