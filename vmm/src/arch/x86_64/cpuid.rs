@@ -3,6 +3,8 @@
 //!
 //! The topology is one package of `vcpus` cores of one thread each; a vCPU's APIC id is its index.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// The machine's processors, as every vCPU is told of them.
@@ -59,6 +61,14 @@ pub fn for_vcpu(
         }
     }
     CpuId::from_entries(&leaves)
+}
+
+/// Bits of a physical address that this host's CPU has.
+pub fn physical_address_bits() -> u8 {
+    const ADDRESS_SIZES: u32 = 0x8000_0008;
+    /// What every x86-64 CPU has at least.
+    const FEWEST: u8 = 36;
+    if __cpuid(0x8000_0000).eax < ADDRESS_SIZES { FEWEST } else { __cpuid(ADDRESS_SIZES).eax as u8 }
 }
 
 fn edited(mut leaf: kvm_cpuid_entry2, processors: Processors, index: u8) -> kvm_cpuid_entry2 {
