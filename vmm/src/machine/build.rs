@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::buses::Buses;
 use super::connect::{connect_all, start_daemons};
 use super::event::{Event, EventQueue, EventSender, SlotIndex};
-use super::firmware::Firmware;
+use super::firmware;
 use super::signals::Signals;
 use super::{Machine, Phase};
 use crate::arch::x86_64::{cpuid, msr};
@@ -31,7 +31,7 @@ const QUEUE_SIZE: u16 = 256;
 /// Builds the machine that `config` asks for. `None` if somebody asked to stop before it could run.
 pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let plan = plan::plan(config, cpuid::physical_address_bits()).map_err(Failure::usage)?;
-    let firmware = Firmware::open(config, &plan)?;
+    let boot = firmware::prepare(config, &plan)?;
     let queue = EventQueue::new().map_err(Failure::host)?;
     let mut signals = Signals::catch().map_err(Failure::host)?;
 
@@ -60,7 +60,7 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
         uart,
         line,
         power_button,
-        firmware,
+        boot,
         daemons,
     }))
 }

@@ -29,9 +29,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 pub use build::build;
 use event::{Event, EventQueue, SlotIndex};
-use firmware::Firmware;
 use signals::{Request, Signals};
 
+use crate::arch::x86_64::boot::Boot;
 use crate::bus;
 use crate::daemon::{self, Daemon};
 use crate::kvm::Vm;
@@ -81,7 +81,7 @@ pub struct Machine {
     uart: Arc<Uart>,
     line: Line,
     power_button: Arc<bus::Event>,
-    firmware: Firmware,
+    boot: Boot,
     /// Last, so that the sessions with them have ended.
     daemons: Vec<Daemon>,
 }
@@ -191,7 +191,7 @@ impl Machine {
             self.vm.reset_irqchips().map_err(Failure::host)?;
             self.uart.reset();
         }
-        let mut entry = Some(self.firmware.load(self.vm.ram())?);
+        let mut entry = Some(self.boot.load(self.vm.ram()).map_err(Failure::usage)?);
         for vcpu in &self.vcpus {
             vcpu.reset(entry.take());
             vcpu.run();

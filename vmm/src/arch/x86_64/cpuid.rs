@@ -39,12 +39,6 @@ const LEVEL_CORE: u32 = 2;
 /// A processor cannot have more leaves than this, so one that says it does is not believed.
 const SUBLEAVES: u32 = 3;
 
-/// Bits of a physical address on this host's CPU (leaf 0x8000_0008); 36 where it does not say.
-pub fn physical_address_bits() -> u8 {
-    const LEAF: u32 = 0x8000_0008;
-    if __cpuid(0x8000_0000).eax < LEAF { 36 } else { __cpuid(LEAF).eax as u8 }
-}
-
 /// The leaves of vCPU `index`, made from what KVM supports on this host (KVM_GET_SUPPORTED_CPUID).
 ///
 /// The performance counters are left out: without leaf 0xa (and AMD's equivalents) a guest sets none up, and its
@@ -67,6 +61,14 @@ pub fn for_vcpu(
         }
     }
     CpuId::from_entries(&leaves)
+}
+
+/// Bits of a physical address that this host's CPU has.
+pub fn physical_address_bits() -> u8 {
+    const ADDRESS_SIZES: u32 = 0x8000_0008;
+    /// What every x86-64 CPU has at least.
+    const FEWEST: u8 = 36;
+    if __cpuid(0x8000_0000).eax < ADDRESS_SIZES { FEWEST } else { __cpuid(ADDRESS_SIZES).eax as u8 }
 }
 
 fn edited(mut leaf: kvm_cpuid_entry2, processors: Processors, index: u8) -> kvm_cpuid_entry2 {

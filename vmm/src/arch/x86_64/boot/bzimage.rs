@@ -6,10 +6,9 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    BootError, BootSource, Loaded, check_kernel, copy, load_initrd, memory_map, read_header,
-    write_command_line,
+    Boot, BootError, Loaded, check_kernel, copy, load_initrd, memory_map, read_header, write_command_line,
 };
-use crate::arch::x86_64::layout::{COMMAND_LINE, ZERO_PAGE};
+use crate::arch::x86_64::layout::{ACPI_TABLES, COMMAND_LINE, ZERO_PAGE};
 use crate::arch::x86_64::regs;
 use crate::kvm::vcpu::EntryState;
 use crate::memory::GuestMemory;
@@ -64,15 +63,15 @@ impl ZeroPage {
     }
 }
 
-pub(super) fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<EntryState, BootError> {
-    let mut page = read_setup_header(source)?;
-    let (kernel, kernel_end) = load_kernel(memory, source, &page)?;
+pub(super) fn load(memory: &GuestMemory, boot: &Boot) -> Result<EntryState, BootError> {
+    let mut page = read_setup_header(boot)?;
+    let (kernel, kernel_end) = load_kernel(memory, boot, &page)?;
 
     let most = u32::from_le_bytes(page.get(zero_page::CMDLINE_SIZE)).into();
-    write_command_line(memory, source.command_line, most)?;
+    write_command_line(memory, &boot.command_line, most)?;
     page.put(zero_page::CMD_LINE_PTR, (COMMAND_LINE as u32).to_le_bytes());
 
-    if let Some(initrd) = source.initrd {
+    if let Some(initrd) = &boot.initrd {
         let highest = u32::from_le_bytes(page.get(zero_page::INITRD_ADDR_MAX)).into();
         let initrd = load_initrd(memory, initrd, kernel_end, highest)?;
         // Both are below 4 GiB, since `highest` is.
@@ -80,16 +79,16 @@ pub(super) fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<Entr
         page.put(zero_page::RAMDISK_SIZE, (initrd.size as u32).to_le_bytes());
     }
     page.put(zero_page::TYPE_OF_LOADER, [UNDEFINED_LOADER]);
-    page.put(zero_page::ACPI_RSDP, source.rsdp.to_le_bytes());
-    put_memory_map(&mut page, memory, source);
+    page.put(zero_page::ACPI_RSDP, ACPI_TABLES.to_le_bytes());
+    put_memory_map(&mut page, memory, boot);
     memory.write_slice(&page.0[..], GuestAddress(ZERO_PAGE))?;
     Ok(regs::long_mode(memory, kernel.gpa + ENTRY_64, ZERO_PAGE)?)
 }
 
 /// A zero page with the kernel's own header in it and nothing else.
-fn read_setup_header(source: &BootSource<'_>) -> Result<ZeroPage, BootError> {
+fn read_setup_header(boot: &Boot) -> Result<ZeroPage, BootError> {
     let mut start = [0; HEADER_LIMIT];
-    read_header(source.kernel, &mut start, 0, "its setup header is not complete")?;
+    read_header(&boot.kernel, &mut start, 0, "its setup header is not complete")?;
     let end = 0x202 + usize::from(start[zero_page::HEADER_LENGTH]);
     let mut page = ZeroPage(Box::new([0; zero_page::SIZE]));
     let end = end.clamp(HEADER, HEADER_LIMIT);
@@ -104,17 +103,13 @@ fn read_setup_header(source: &BootSource<'_>) -> Result<ZeroPage, BootError> {
 }
 
 /// Where the kernel proper lies, and the end of the memory it uses before it knows the memory map.
-fn load_kernel(
-    memory: &GuestMemory,
-    source: &BootSource<'_>,
-    page: &ZeroPage,
-) -> Result<(Loaded, u64), BootError> {
+fn load_kernel(memory: &GuestMemory, boot: &Boot, page: &ZeroPage) -> Result<(Loaded, u64), BootError> {
     let sectors = match page.get::<1>(zero_page::SETUP_SECTS)[0] {
         0 => 4,
         sectors => u64::from(sectors),
     };
     let offset = (sectors + 1) * SECTOR;
-    let length = source.kernel.metadata().map_err(|error| BootError::Read("kernel", error))?.len();
+    let length = boot.kernel.metadata().map_err(|error| BootError::Read("kernel", error))?.len();
     let size = length.checked_sub(offset).filter(|size| *size > 0);
     let size = size.ok_or(BootError::Truncated("there is nothing after its real-mode part"))?;
 
@@ -122,14 +117,14 @@ fn load_kernel(
     let needed = u64::from(u32::from_le_bytes(page.get(zero_page::INIT_SIZE))).max(size);
     check_kernel(memory, gpa, needed)?;
     let target = Loaded { gpa, size };
-    copy(memory, source.kernel, "kernel", offset, target)?;
+    copy(memory, &boot.kernel, "kernel", offset, target)?;
     Ok((target, gpa + needed))
 }
 
-fn put_memory_map(page: &mut ZeroPage, memory: &GuestMemory, source: &BootSource<'_>) {
+fn put_memory_map(page: &mut ZeroPage, memory: &GuestMemory, boot: &Boot) {
     const ENTRY: usize = 20;
     const MOST: usize = 128;
-    let map = memory_map(memory, source.reserved);
+    let map = memory_map(memory, &boot.reserved);
     let entries = map.len().min(MOST);
     page.put(zero_page::E820_ENTRIES, [entries as u8]);
     for (at, (range, kind)) in map.iter().take(entries).enumerate() {

@@ -8,10 +8,9 @@ use std::fs::File;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    BootError, BootSource, Loaded, check_kernel, copy, load_initrd, memory_map, read_header,
-    write_command_line,
+    Boot, BootError, Loaded, check_kernel, copy, load_initrd, memory_map, read_header, write_command_line,
 };
-use crate::arch::x86_64::layout::{COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
+use crate::arch::x86_64::layout::{ACPI_TABLES, COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
 use crate::arch::x86_64::regs;
 use crate::kvm::vcpu::EntryState;
 use crate::memory::GuestMemory;
@@ -48,14 +47,17 @@ struct Segment {
     memory_size: u64,
 }
 
-pub(super) fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<EntryState, BootError> {
-    let segments = read_segments(source.kernel)?;
-    let entry = pvh_entry(source.kernel, &segments)?;
-    let kernel_end = load_segments(memory, source.kernel, &segments)?;
-    write_command_line(memory, source.command_line, MOST_COMMAND_LINE)?;
-    let initrd =
-        source.initrd.map(|initrd| load_initrd(memory, initrd, kernel_end, HIGHEST_INITRD)).transpose()?;
-    write_start_info(memory, source, initrd)?;
+pub(super) fn load(memory: &GuestMemory, boot: &Boot) -> Result<EntryState, BootError> {
+    let segments = read_segments(&boot.kernel)?;
+    let entry = pvh_entry(&boot.kernel, &segments)?;
+    let kernel_end = load_segments(memory, &boot.kernel, &segments)?;
+    write_command_line(memory, &boot.command_line, MOST_COMMAND_LINE)?;
+    let initrd = boot
+        .initrd
+        .as_ref()
+        .map(|initrd| load_initrd(memory, initrd, kernel_end, HIGHEST_INITRD))
+        .transpose()?;
+    write_start_info(memory, boot, initrd)?;
     Ok(regs::protected_mode(memory, entry.into(), PVH_START_INFO)?)
 }
 
@@ -133,12 +135,8 @@ fn find_entry(mut notes: &[u8]) -> Option<u32> {
 
 /// The start info (version 1), the list of its one module, and the memory map (xen/include/public/arch-x86/hvm/
 /// start_info.h).
-fn write_start_info(
-    memory: &GuestMemory,
-    source: &BootSource<'_>,
-    initrd: Option<Loaded>,
-) -> Result<(), BootError> {
-    let map = memory_map(memory, source.reserved);
+fn write_start_info(memory: &GuestMemory, boot: &Boot, initrd: Option<Loaded>) -> Result<(), BootError> {
+    let map = memory_map(memory, &boot.reserved);
     let mut bytes = Vec::new();
     for (range, kind) in &map {
         bytes.extend(range.start.to_le_bytes());
@@ -161,7 +159,7 @@ fn write_start_info(
     info.extend(
         [START_INFO_MAGIC, START_INFO_VERSION, flags, modules].into_iter().flat_map(u32::to_le_bytes),
     );
-    let addresses = [PVH_MODULES, COMMAND_LINE, source.rsdp, PVH_MEMORY_MAP];
+    let addresses = [PVH_MODULES, COMMAND_LINE, ACPI_TABLES, PVH_MEMORY_MAP];
     info.extend(addresses.into_iter().flat_map(u64::to_le_bytes));
     info.extend((map.len() as u64).to_le_bytes());
     Ok(memory.write_slice(&info, GuestAddress(PVH_START_INFO))?)

@@ -1,6 +1,6 @@
 //! Putting a kernel into memory and entering it: bzImage by Linux's 64-bit boot protocol, ELF by PVH.
 //!
-//! Kernel and initrd come from open files and are read anew at every [`load`], so that a reset needs no path. Both files
+//! Kernel and initrd come from open files and are read anew at every [`Boot::load`], so that a reset needs no path. Both files
 //! are hostile: every address and size in them is checked against the guest's RAM before a byte is copied.
 
 mod bzimage;
@@ -18,18 +18,31 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, Guest
 
 use super::layout::{ACPI_ROOM, ACPI_TABLES, COMMAND_LINE, COMMAND_LINE_ROOM, CONVENTIONAL_END, HIGH_MEMORY};
 use crate::kvm::vcpu::EntryState;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, GuestRam};
 
-/// What to boot.
-#[derive(Debug, Clone, Copy)]
-pub struct BootSource<'a> {
-    pub kernel: &'a File,
-    pub initrd: Option<&'a File>,
-    pub command_line: &'a str,
-    /// Guest-physical address of the RSDP.
-    pub rsdp: u64,
+/// All that a guest is started from, held open: a reset starts the same guest again.
+#[derive(Debug)]
+pub struct Boot {
+    pub kernel: File,
+    pub initrd: Option<File>,
+    pub command_line: String,
+    /// The image that [`super::acpi::build`] made for [`ACPI_TABLES`].
+    pub acpi_tables: Vec<u8>,
     /// Guest-physical ranges, outside RAM, that the guest must leave alone: ECAM.
-    pub reserved: &'a [Range<u64>],
+    pub reserved: Vec<Range<u64>>,
+}
+
+impl Boot {
+    /// Loads kernel, initrd, command line and tables into memory that reads as zeroes, and says how the first vCPU
+    /// starts.
+    pub fn load(&self, ram: &GuestRam) -> Result<EntryState, BootError> {
+        let memory = ram.memory();
+        memory.write_slice(&self.acpi_tables, GuestAddress(ACPI_TABLES))?;
+        match Format::of(&self.kernel)? {
+            Format::Elf => elf::load(memory, self),
+            Format::BzImage => bzimage::load(memory, self),
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -78,14 +91,6 @@ struct Loaded {
 /// Refuses what is no kernel, without touching guest memory.
 pub fn check(kernel: &File) -> Result<(), BootError> {
     Format::of(kernel).map(|_| ())
-}
-
-/// Loads kernel, initrd and command line into memory that reads as zeroes, and says how the first vCPU starts.
-pub fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<EntryState, BootError> {
-    match Format::of(source.kernel)? {
-        Format::Elf => elf::load(memory, source),
-        Format::BzImage => bzimage::load(memory, source),
-    }
 }
 
 enum Format {

@@ -17,15 +17,14 @@ fn file(bytes: &[u8]) -> File {
 }
 
 fn boot(size: u64, kernel: &[u8], initrd: Option<&[u8]>, line: &str) -> Result<EntryState, String> {
-    let (kernel, initrd) = (file(kernel), initrd.map(file));
-    let source = BootSource {
-        kernel: &kernel,
-        initrd: initrd.as_ref(),
-        command_line: line,
-        rsdp: ACPI_TABLES,
-        reserved: &[],
+    let boot = Boot {
+        kernel: file(kernel),
+        initrd: initrd.map(file),
+        command_line: line.to_owned(),
+        acpi_tables: b"RSD PTR ".to_vec(),
+        reserved: Vec::new(),
     };
-    load(ram(size).memory(), &source).map_err(|error| error.to_string())
+    boot.load(&ram(size)).map_err(|error| error.to_string())
 }
 
 /// A bzImage of one real-mode sector whose kernel proper is 4 KiB of `0xcc`, to be at 16 MiB with 8 MiB of room.
@@ -73,20 +72,19 @@ fn elf(paddr: u64, memory_size: u64, pvh: bool) -> Vec<u8> {
 #[test]
 fn a_bzimage_starts_in_long_mode_at_its_64_bit_entry() {
     let ram = ram(64 * MIB);
-    let (kernel, initrd) = (file(&bzimage()), file(&[0x55; 5000]));
-    let reserved = [0xe000_0000..0xe010_0000];
-    let source = BootSource {
-        kernel: &kernel,
-        initrd: Some(&initrd),
-        command_line: "quiet",
-        rsdp: ACPI_TABLES,
-        reserved: &reserved,
+    let boot = Boot {
+        kernel: file(&bzimage()),
+        initrd: Some(file(&[0x55; 5000])),
+        command_line: "quiet".to_owned(),
+        acpi_tables: b"RSD PTR ".to_vec(),
+        reserved: vec![0xe000_0000..0xe010_0000],
     };
-    let entry = load(ram.memory(), &source).unwrap();
+    let entry = boot.load(&ram).unwrap();
     assert_eq!((entry.regs.rip, entry.regs.rsi), (16 * MIB + 0x200, 0x7000));
     assert_eq!(entry.sregs.cs.l, 1);
     let at = |gpa: u64| ram.memory().read_obj::<u32>(GuestAddress(gpa)).unwrap();
     assert_eq!(at(16 * MIB), 0xcccc_cccc);
+    assert_eq!(at(ACPI_TABLES), u32::from_le_bytes(*b"RSD "));
     assert_eq!(at(0x7000 + 0x218), 64 * MIB as u32 - 8192, "initrd at the top");
     assert_eq!(at(64 * MIB - 8192), 0x5555_5555);
     assert_eq!(at(0x7000 + 0x21c), 5000);
@@ -96,7 +94,7 @@ fn a_bzimage_starts_in_long_mode_at_its_64_bit_entry() {
 
     // A reset reads the same files again.
     ram.clear().unwrap();
-    load(ram.memory(), &source).unwrap();
+    boot.load(&ram).unwrap();
     assert_eq!(at(16 * MIB), 0xcccc_cccc);
 }
 
