@@ -111,7 +111,7 @@ fn run(args: Args) -> Result<(), Failure> {
         println!("{}", capabilities_json("block", &["read-only", "blk-file"]));
         return Ok(());
     };
-    let endpoint = args.common.endpoint()?;
+    let socket = args.common.claim_socket()?;
     let termination = Termination::new().map_err(Failure::host)?;
     let Format::Raw = args.format;
     let options = ImageOptions { path, read_only: args.read_only, cache: args.cache.into() };
@@ -120,5 +120,5 @@ fn run(args: Args) -> Result<(), Failure> {
         image,
         BlockOptions { num_queues: args.num_queues, max_queue_size: args.queue_size, serial: args.serial },
     )?;
-    cleave_runtime::run(&mut block, endpoint, &termination)
+    cleave_runtime::run(&mut block, socket.open()?, &termination)
 }

@@ -24,12 +24,34 @@ pub struct CommonArgs {
     pub print_capabilities: bool,
 }
 
+/// The socket these flags mean, not yet listened on: a daemon that cannot start leaves no trace of one.
+#[derive(Debug)]
+pub struct SocketClaim(Claim);
+
+#[derive(Debug)]
+enum Claim {
+    Listen(PathBuf),
+    Inherited(Endpoint),
+}
+
 impl CommonArgs {
-    /// The socket these flags mean. Call it before the process opens anything of its own.
-    pub fn endpoint(&self) -> Result<Endpoint, SocketError> {
-        match (&self.socket_path, self.fd) {
-            (Some(path), _) => Listener::bind(path).map(Endpoint::Listening),
-            (None, fd) => Endpoint::inherited(fd.unwrap_or(-1)),
+    /// Takes what was inherited. Call it before the process opens anything of its own.
+    pub fn claim_socket(self) -> Result<SocketClaim, SocketError> {
+        match (self.socket_path, self.fd) {
+            (Some(path), _) => Ok(SocketClaim(Claim::Listen(path))),
+            (None, fd) => {
+                Endpoint::inherited(fd.unwrap_or(-1)).map(|endpoint| SocketClaim(Claim::Inherited(endpoint)))
+            }
+        }
+    }
+}
+
+impl SocketClaim {
+    /// Where frontends come from, from now on.
+    pub fn open(self) -> Result<Endpoint, SocketError> {
+        match self.0 {
+            Claim::Listen(path) => Listener::bind(&path).map(Endpoint::Listening),
+            Claim::Inherited(endpoint) => Ok(endpoint),
         }
     }
 }

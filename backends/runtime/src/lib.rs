@@ -13,7 +13,7 @@ mod signals;
 mod socket;
 mod vring;
 
-pub use args::{CommonArgs, capabilities_json};
+pub use args::{CommonArgs, SocketClaim, capabilities_json};
 pub use device::Device;
 pub use memory::{GuestMemory, MemoryError};
 pub use queue_thread::{Command, Inbox, QueueThread};

@@ -44,7 +44,7 @@ pub enum ImageError {
     Size { path: PathBuf, len: u64, unit: u64 },
     #[error("disk {} is on a file system without O_DIRECT: use --cache writeback", .0.display())]
     NoDirect(PathBuf),
-    #[error("disk {} is in use{}", path.display(), match source.holder() { Some(who) => format!(" by {who}"), None => String::new() })]
+    #[error("disk {} is in use", path.display())]
     Locked { path: PathBuf, source: LockError },
     #[error("cannot lock disk {}", path.display())]
     Lock { path: PathBuf, source: io::Error },

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 /// Why the lock is not ours.
 #[derive(Debug, thiserror::Error)]
@@ -17,30 +18,35 @@ pub enum LockError {
     Io(io::Error),
 }
 
-impl LockError {
-    /// The program that has it, as a person would call it; unknown where /proc does not show it to us.
-    pub fn holder(&self) -> Option<&str> {
-        match self {
-            Self::Held { holder } => holder.as_deref(),
-            Self::Io(_) => None,
-        }
-    }
-}
+/// How long a lock without a visible owner is waited for. A process that was killed leaves its lock behind until the
+/// kernel has taken apart its io_uring, which happens after the process is gone.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Takes the lock for as long as `file` is open: shared to read, exclusive to write.
 pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
+    let deadline = Instant::now() + PATIENCE;
+    while !try_lock(file, shared).map_err(LockError::Io)? {
+        let holder = holder(file);
+        if holder.is_some() || Instant::now() > deadline {
+            return Err(LockError::Held { holder });
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// `false`: somebody has a lock that excludes ours.
+fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
     let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
     let whole =
         libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
     // SAFETY: the descriptor is open for the call, and `whole` is a valid flock that is only read.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } == 0 {
-        return Ok(());
+        return Ok(true);
     }
     match io::Error::last_os_error() {
-        error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            Err(LockError::Held { holder: holder(file) })
-        }
-        error => Err(LockError::Io(error)),
+        error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        error => Err(error),
     }
 }
 

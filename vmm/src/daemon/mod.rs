@@ -108,7 +108,7 @@ pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
     let (ours, theirs) = UnixStream::pair().map_err(prepare)?;
 
     let mut command = Command::new(&path);
-    command.arg(format!("--fd={SOCKET_FD}")).args(args);
+    command.args(args).arg(format!("--fd={SOCKET_FD}"));
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     command
         .fd_mappings(vec![FdMapping { parent_fd: theirs.into(), child_fd: SOCKET_FD }])
