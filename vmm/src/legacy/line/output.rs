@@ -124,6 +124,7 @@ mod tests {
         for n in 0..40_000_u32 {
             transmitter.write_all(&n.to_le_bytes()).unwrap();
         }
+        output.flush();
         assert!(output.stalled().is_some());
         let mut seen = Vec::new();
         let mut chunk = [0; 4096];
