@@ -1,5 +1,4 @@
 //! The Cleave virtual machine monitor. See `docs/architecture.md` for the floors these modules are on.
-#![allow(dead_code, unused_imports)]
 
 mod arch;
 mod bus;
