@@ -56,23 +56,27 @@ impl Failure {
     }
 }
 
-/// One line for a person: the error, then its causes after colons. A cause that its parent already quotes is
-/// not said twice.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut said = self.source.to_string();
-        write!(f, "{said}")?;
-        let mut cause = self.source.source();
-        while let Some(error) = cause {
-            let text = error.to_string();
-            if !said.ends_with(&text) {
-                write!(f, ": {text}")?;
-            }
-            said = text;
-            cause = error.source();
-        }
-        Ok(())
+        f.write_str(&one_line(&*self.source))
     }
+}
+
+/// One line for a person: the error, then its causes after colons. A cause that its parent already quotes is not
+/// said twice.
+pub fn one_line(error: &(dyn Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut parent = line.clone();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !parent.ends_with(&text) {
+            line = format!("{line}: {text}");
+        }
+        parent = text;
+        cause = error.source();
+    }
+    line
 }
 
 impl Error for Failure {

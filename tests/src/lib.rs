@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod cpio;
 pub mod debian;
+pub mod driver;
 pub mod error;
 pub mod guest;
 pub mod kernel;

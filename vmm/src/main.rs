@@ -1,13 +1,45 @@
-//! The Cleave virtual machine monitor.
+//! The Cleave virtual machine monitor. See `docs/architecture.md` for the floors these modules are on.
 #![allow(dead_code, unused_imports)]
 
+mod arch;
 mod bus;
 mod cli;
 mod config;
+mod daemon;
 mod kvm;
 mod legacy;
+mod machine;
 mod memory;
 mod pci;
 mod plan;
+mod vhost;
+mod virtio;
 
-fn main() {}
+use clap::Parser;
+use cleave_common::exit::{ExitCode, Failure};
+use cleave_common::logging;
+
+use cli::{Cli, Command, RunArgs};
+
+fn main() -> std::process::ExitCode {
+    logging::init();
+    let result = match Cli::parse().command {
+        Command::Run(arguments) => run(*arguments),
+        Command::Check { json: _ } => todo!(),
+    };
+    match result {
+        Ok(()) => ExitCode::Success.into(),
+        Err(failure) => {
+            eprintln!("cleave: {failure}");
+            failure.code.into()
+        }
+    }
+}
+
+fn run(arguments: RunArgs) -> Result<(), Failure> {
+    let config = arguments.into_config()?;
+    if let Some(machine) = machine::build(&config)? {
+        machine.run()?;
+    }
+    Ok(())
+}

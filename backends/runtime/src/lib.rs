@@ -1,1 +1,25 @@
+//! What every Cleave device daemon shares.
+//!
+//! A daemon is a [`Device`] that [`run`] serves: the runtime owns the socket, the vhost-user session, guest memory and
+//! the life of each queue. It has no word for any device type.
 
+mod args;
+mod device;
+mod memory;
+mod queue_thread;
+mod server;
+mod session;
+mod signals;
+mod socket;
+mod vring;
+
+pub use args::{CommonArgs, SocketClaim, capabilities_json};
+pub use device::Device;
+pub use memory::{GuestMemory, MemoryError};
+pub use queue_thread::{Command, Inbox, QueueThread};
+pub use server::run;
+pub use signals::Termination;
+pub use socket::{Endpoint, Listener, SocketError};
+pub use vring::{
+    Call, Chain, ChainError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring,
+};

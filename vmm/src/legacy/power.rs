@@ -1,6 +1,7 @@
 //! The ports by which a guest powers off and resets: ACPI's hardware-reduced sleep and reset registers
 //! (ACPI 6.5, 4.8.3.7 and 4.8.3.6), and the keyboard controller's reset command for kernels that fall back to it.
 
+use crate::arch::x86_64::acpi::SLEEP_TYPE_S5;
 use crate::bus::BusDevice;
 
 /// What the guest asks of the machine.
@@ -18,8 +19,6 @@ pub const PORTS: u16 = 3;
 
 /// What the FADT tells the guest to write to [`RESET_PORT`].
 pub const RESET_VALUE: u8 = 1;
-/// The sleep type of S5, as the DSDT's `\_S5` names it.
-pub const S5_SLEEP_TYPE: u8 = 5;
 
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
@@ -38,7 +37,7 @@ impl<F: Fn(PowerRequest) + Send + Sync> BusDevice for PowerPorts<F> {
         let &[value] = data else { return };
         let sleep_type = (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK;
         match SLEEP_CONTROL_PORT + offset as u16 {
-            SLEEP_CONTROL_PORT if value & SLEEP_ENABLE != 0 && sleep_type == S5_SLEEP_TYPE => {
+            SLEEP_CONTROL_PORT if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_S5 => {
                 (self.0)(PowerRequest::PowerOff);
             }
             RESET_PORT if value == RESET_VALUE => (self.0)(PowerRequest::Reset),

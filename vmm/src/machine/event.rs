@@ -7,14 +7,32 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use crate::bus;
 use crate::kvm::vcpu::VcpuEvent;
 use crate::legacy::power::PowerRequest;
-use crate::vhost::DeviceEvent;
+use crate::vhost::{ConnectError, Negotiated};
+use crate::virtio::DeviceEvent;
+
+/// A device's place in the plan's list of slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotIndex(pub usize);
 
 /// The closed list of what the machine thread reacts to.
-#[derive(Debug)]
 pub enum Event {
-    Vcpu(VcpuEvent),
-    Device { slot: usize, event: DeviceEvent },
-    Guest(PowerRequest),
+    Vcpu {
+        index: usize,
+        event: VcpuEvent,
+    },
+    /// A daemon has been reached and understood, or not.
+    Connected {
+        slot: SlotIndex,
+        result: Result<Negotiated, ConnectError>,
+    },
+    Device {
+        slot: SlotIndex,
+        event: DeviceEvent,
+    },
+    /// What the guest asked for at a power or reset port.
+    Power(PowerRequest),
+    /// Every device is back in the state after power-on.
+    DevicesReset,
 }
 
 /// The machine thread's end of the queue.
@@ -41,7 +59,7 @@ impl EventQueue {
         self.sender.clone()
     }
 
-    /// Readable when there is something to do; [`EventQueue::take`] makes it quiet again.
+    /// Signalled when there is something to do; [`EventQueue::take`] makes it quiet again.
     pub fn wake(&self) -> &Arc<bus::Event> {
         &self.sender.wake
     }

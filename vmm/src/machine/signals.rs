@@ -42,7 +42,8 @@ impl Signals {
     pub fn take(&mut self) -> Vec<Request> {
         let mut requests = Vec::new();
         let mut bytes = [0; 16];
-        for (stream, request) in [(&mut self.terminate, Request::Terminate), (&mut self.quit, Request::Quit)] {
+        for (stream, request) in [(&mut self.terminate, Request::Terminate), (&mut self.quit, Request::Quit)]
+        {
             if let Ok(count) = stream.read(&mut bytes) {
                 requests.extend(std::iter::repeat_n(request, count));
             }

@@ -2,27 +2,13 @@
 //!
 //! The traits are the seam at which registers are tested without KVM.
 
-use std::fmt;
 use std::io;
 
+use kvm_ioctls::IoEventAddress;
+
 use crate::bus::Event;
-
-/// A message-signalled interrupt as the guest programs it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Message {
-    pub address: u64,
-    pub data: u32,
-}
-
-/// A global system interrupt: an entry of KVM's interrupt routing table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Gsi(pub u32);
-
-impl fmt::Display for Gsi {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "GSI {}", self.0)
-    }
-}
+use crate::kvm::Vm;
+use crate::kvm::irq::{Gsi, MsiMessage, Routes};
 
 /// The interrupt controller's side of MSI-X.
 pub trait Interrupts: Send + Sync {
@@ -30,7 +16,7 @@ pub trait Interrupts: Send + Sync {
     fn allocate(&self) -> io::Result<Gsi>;
 
     /// Says which message the GSI sends.
-    fn route(&self, gsi: Gsi, message: Message) -> io::Result<()>;
+    fn route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()>;
 
     /// From now on a signal of `event` sends the GSI's message; one that it holds already does at once.
     fn attach(&self, gsi: Gsi, event: &Event) -> io::Result<()>;
@@ -47,6 +33,34 @@ pub trait Doorbells: Send + Sync {
     fn silence(&self, address: u64, event: &Event) -> io::Result<()>;
 }
 
+impl Interrupts for Routes {
+    fn allocate(&self) -> io::Result<Gsi> {
+        self.alloc_gsi().map_err(io::Error::other)
+    }
+
+    fn route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()> {
+        self.set_msi(gsi, message).map_err(io::Error::other)
+    }
+
+    fn attach(&self, gsi: Gsi, event: &Event) -> io::Result<()> {
+        self.irqfd(gsi, event.eventfd()).map_err(io::Error::other)
+    }
+
+    fn detach(&self, gsi: Gsi, event: &Event) -> io::Result<()> {
+        self.unirqfd(gsi, event.eventfd()).map_err(io::Error::other)
+    }
+}
+
+impl Doorbells for Vm {
+    fn ring_at(&self, address: u64, event: &Event) -> io::Result<()> {
+        self.ioeventfd(IoEventAddress::Mmio(address), event.eventfd()).map_err(io::Error::other)
+    }
+
+    fn silence(&self, address: u64, event: &Event) -> io::Result<()> {
+        self.remove_ioeventfd(IoEventAddress::Mmio(address), event.eventfd()).map_err(io::Error::other)
+    }
+}
+
 /// A host that only keeps account, for tests of registers.
 #[cfg(test)]
 pub mod fake {
@@ -58,7 +72,7 @@ pub mod fake {
     #[derive(Default)]
     pub struct Host {
         next: Mutex<u32>,
-        pub routes: Mutex<BTreeMap<Gsi, Message>>,
+        pub routes: Mutex<BTreeMap<Gsi, MsiMessage>>,
         pub attached: Mutex<BTreeSet<Gsi>>,
         pub doorbells: Mutex<BTreeSet<u64>>,
         /// Doorbells asked for or silenced, in all.
@@ -72,19 +86,19 @@ pub mod fake {
             Ok(Gsi(23 + *next))
         }
 
-        fn route(&self, gsi: Gsi, message: Message) -> io::Result<()> {
+        fn route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()> {
             self.routes.lock().unwrap().insert(gsi, message);
             Ok(())
         }
 
         fn attach(&self, gsi: Gsi, _event: &Event) -> io::Result<()> {
-            assert!(self.attached.lock().unwrap().insert(gsi), "{gsi} is attached already");
-            assert!(self.routes.lock().unwrap().contains_key(&gsi), "{gsi} has no route");
+            assert!(self.attached.lock().unwrap().insert(gsi), "{gsi:?} is attached already");
+            assert!(self.routes.lock().unwrap().contains_key(&gsi), "{gsi:?} has no route");
             Ok(())
         }
 
         fn detach(&self, gsi: Gsi, _event: &Event) -> io::Result<()> {
-            assert!(self.attached.lock().unwrap().remove(&gsi), "{gsi} is not attached");
+            assert!(self.attached.lock().unwrap().remove(&gsi), "{gsi:?} is not attached");
             Ok(())
         }
     }

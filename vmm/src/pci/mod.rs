@@ -8,7 +8,7 @@ mod root;
 pub use config::{CONFIG_SPACE_LEN, ConfigSpace, Identity};
 #[cfg(test)]
 pub use host::fake;
-pub use host::{Doorbells, Gsi, Interrupts, Message};
+pub use host::{Doorbells, Interrupts};
 pub use root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN, PciError, ResetToken, Root};
 
 /// One function as its device sees it. The root owns its configuration space and tells the device what happens

@@ -15,8 +15,9 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::host::{Gsi, Interrupts, Message};
+use super::host::Interrupts;
 use crate::bus::Event;
+use crate::kvm::irq::{Gsi, MsiMessage};
 
 /// Capability id.
 pub const CAPABILITY_ID: u8 = 0x11;
@@ -31,6 +32,8 @@ pub const CONTROL_WRITABLE: u16 = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
 const CONTROL_ENABLE: u16 = 1 << 15;
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 const VECTOR_MASKED: u32 = 1;
+/// The table after a reset.
+const UNSET: MsiMessage = MsiMessage { address: 0, data: 0 };
 
 /// What follows id and link in the capability of a function with `vectors` vectors, whose table and pending bits
 /// are at these offsets in the BAR.
@@ -45,11 +48,11 @@ pub fn capability(vectors: u16, bar: u8, table: u32, pending: u32) -> [u8; 10] {
 struct Vector {
     event: Arc<Event>,
     gsi: Gsi,
-    message: Message,
+    message: MsiMessage,
     masked: bool,
     live: bool,
     /// What the GSI's route says, once it has one.
-    routed: Option<Message>,
+    routed: Option<MsiMessage>,
 }
 
 struct State {
@@ -74,7 +77,7 @@ impl MsiX {
                 Ok(Vector {
                     event: Arc::new(Event::new()?),
                     gsi: interrupts.allocate()?,
-                    message: Message::default(),
+                    message: UNSET,
                     masked: true,
                     live: false,
                     routed: None,
@@ -104,7 +107,7 @@ impl MsiX {
         state.control = 0;
         for at in 0..state.vectors.len() {
             state.vectors[at].masked = true;
-            state.vectors[at].message = Message::default();
+            state.vectors[at].message = UNSET;
             self.settle(&mut state, at);
             state.vectors[at].event.clear();
         }
@@ -151,7 +154,7 @@ impl MsiX {
         let vector = &mut state.vectors[at];
         let wanted = open && !vector.masked;
         if let Err(error) = vector.bring_to(wanted, self.interrupts.as_ref()) {
-            tracing::warn!("MSI-X vector {at} ({}) is lost: {error}", vector.gsi);
+            tracing::warn!("MSI-X vector {at} (GSI {}) is lost: {error}", vector.gsi.0);
         }
     }
 

@@ -20,6 +20,7 @@ use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
 use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig};
+use crate::daemon::DaemonSpec;
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -69,7 +70,7 @@ pub struct SlotPlan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     /// A daemon that we start and end; the vhost-user socket is added to its arguments.
-    Spawn { program: &'static str, arguments: Vec<OsString> },
+    Spawn(DaemonSpec),
     /// A daemon that someone else runs.
     Attach { socket: PathBuf, wait: Duration },
 }
@@ -111,7 +112,9 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
         let name = disk.id.clone().unwrap_or_else(|| format!("disk{at}"));
         let queues = disk.queues.unwrap_or_else(|| u16::from(config.cpus).min(DiskConfig::DEFAULT_QUEUES));
-        let backend = Backend::Spawn { program: "cleave-block", arguments: block_arguments(disk, queues) };
+        let args = block_arguments(disk, queues);
+        let backend =
+            Backend::Spawn(DaemonSpec { program: "cleave-block".to_owned(), device: name.clone(), args });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {

@@ -40,10 +40,12 @@ fn slots_are_named_and_numbered_in_order() {
     let slots = plan(&config, 40).unwrap().slots;
     let names: Vec<_> = slots.iter().map(|slot| (slot.name.as_str(), slot.device_number)).collect();
     assert_eq!(names, [("disk0", 1), ("data", 2), ("rng0", 3)]);
-    let Backend::Spawn { program, arguments } = &slots[1].backend else { panic!("a disk is spawned") };
-    assert_eq!(*program, "cleave-block");
+    let Backend::Spawn(DaemonSpec { program, args, .. }) = &slots[1].backend else {
+        panic!("a disk is spawned")
+    };
+    assert_eq!(program, "cleave-block");
     let expected = "--blk-file b.raw --format raw --cache writeback --num-queues 3 --read-only";
-    assert_eq!(arguments.join(" ".as_ref()), *expected);
+    assert_eq!(args.join(" ".as_ref()), *expected);
     assert_eq!(slots[0].queues, Some(2), "a queue for each vCPU");
 }
 

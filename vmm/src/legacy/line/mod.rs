@@ -1,7 +1,7 @@
 //! The line: what the uart's wires lead to on the host.
 //!
-//! vCPU threads write to its [`Output`] and never wait there: what the other end does not take at once is kept, up
-//! to a bound, and the machine thread sends it on. Everything else (input, clients that come and go, the keys of a
+//! vCPU threads write to its [`Output`] and never touch the host's end, which may be a full pipe or a slow disk: the
+//! machine thread sends on what they wrote, and what is not taken is kept, up to a bound. Everything else (input, clients that come and go, the keys of a
 //! terminal) is the machine thread's, through [`Line`].
 
 mod output;

@@ -1,4 +1,4 @@
-//! The writing end of the line: bounded, and never waited for.
+//! The writing end of the line: bounded, and never waited for. vCPUs put bytes in, the machine thread sends them on.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -14,8 +14,7 @@ use crate::bus::Event;
 /// What is kept for an end that does not read. Beyond it the oldest bytes go: the newest say what happened.
 const BACKLOG: usize = 64 << 10;
 
-/// A reader that takes no byte at a time costs a system call a byte; one that takes less than this at once is asked
-/// again when it is ready. Not more than a pipe takes whole.
+/// Sent at once; not more than a pipe that is ready takes whole.
 const CHUNK: usize = 4096;
 
 pub struct Output {
@@ -94,11 +93,11 @@ impl Write for Transmitter {
         let excess = (state.backlog.len() + bytes.len()).saturating_sub(BACKLOG);
         let excess = excess.min(state.backlog.len());
         state.backlog.drain(..excess);
+        let first = state.backlog.is_empty();
         state.backlog.extend(bytes);
-        state.flush();
-        let stalled = state.sink.is_some() && !state.backlog.is_empty();
         drop(state);
-        if stalled {
+        // Whoever was woken for the first byte takes those after it too: a burst costs one wake-up.
+        if first {
             self.0.wake.signal();
         }
         Ok(bytes.len())

@@ -12,7 +12,7 @@ fn msix(count: u16) -> (MsiX, Arc<Host>) {
 }
 
 /// Programs a vector as Linux does: address, data, then the mask.
-fn program(msix: &MsiX, vector: u64, message: Message, masked: u32) {
+fn program(msix: &MsiX, vector: u64, message: MsiMessage, masked: u32) {
     let at = vector * ENTRY_LEN;
     msix.write_table(at, &(message.address as u32).to_le_bytes());
     msix.write_table(at + 4, &((message.address >> 32) as u32).to_le_bytes());
@@ -26,7 +26,7 @@ fn pending(msix: &MsiX) -> u64 {
     u64::from_le_bytes(bits)
 }
 
-const MESSAGE: Message = Message { address: 0xfee0_1000, data: 0x4021 };
+const MESSAGE: MsiMessage = MsiMessage { address: 0xfee0_1000, data: 0x4021 };
 
 #[test]
 fn a_vector_is_an_irqfd_exactly_while_nothing_masks_it() {
@@ -71,7 +71,7 @@ fn a_new_message_on_a_live_vector_is_routed() {
     msix.set_control(ENABLED);
     program(&msix, 0, MESSAGE, 0);
     msix.write_table(8, &7u32.to_le_bytes());
-    assert_eq!(host.routes.lock().unwrap()[&Gsi(24)], Message { data: 7, ..MESSAGE });
+    assert_eq!(host.routes.lock().unwrap()[&Gsi(24)], MsiMessage { data: 7, ..MESSAGE });
 }
 
 #[test]

@@ -1,0 +1,63 @@
+//! The command line that every device daemon has (vhost-user, "Backend program conventions").
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::socket::{Endpoint, Listener, SocketError};
+
+/// Flags that every daemon shares; flatten them into its own.
+#[derive(Debug, Args)]
+#[group(skip)]
+pub struct CommonArgs {
+    /// Listen on this unix socket for a frontend, and again whenever it goes away
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"])]
+    pub socket_path: Option<PathBuf>,
+
+    /// Serve the frontend on this inherited socket, and end with it; a listening one is listened on
+    #[arg(long, value_name = "N", conflicts_with = "socket_path")]
+    pub fd: Option<RawFd>,
+
+    /// Print what this program can do as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// The socket these flags mean, not yet listened on: a daemon that cannot start leaves no trace of one.
+#[derive(Debug)]
+pub struct SocketClaim(Claim);
+
+#[derive(Debug)]
+enum Claim {
+    Listen(PathBuf),
+    Inherited(Endpoint),
+}
+
+impl CommonArgs {
+    /// Takes what was inherited. Call it before the process opens anything of its own.
+    pub fn claim_socket(self) -> Result<SocketClaim, SocketError> {
+        match (self.socket_path, self.fd) {
+            (Some(path), _) => Ok(SocketClaim(Claim::Listen(path))),
+            (None, fd) => {
+                Endpoint::inherited(fd.unwrap_or(-1)).map(|endpoint| SocketClaim(Claim::Inherited(endpoint)))
+            }
+        }
+    }
+}
+
+impl SocketClaim {
+    /// Where frontends come from, from now on.
+    pub fn open(self) -> Result<Endpoint, SocketError> {
+        match self.0 {
+            Claim::Listen(path) => Listener::bind(&path).map(Endpoint::Listening),
+            Claim::Inherited(endpoint) => Ok(endpoint),
+        }
+    }
+}
+
+/// The answer to `--print-capabilities`: the device type's name in vhost-user.json, and the optional features it lists.
+pub fn capabilities_json(device_type: &str, features: &[&str]) -> String {
+    let features: Vec<String> = features.iter().map(|feature| format!("\"{feature}\"")).collect();
+    format!("{{\"type\": \"{device_type}\", \"features\": [{}]}}", features.join(", "))
+}

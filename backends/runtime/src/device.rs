@@ -1,0 +1,54 @@
+//! The contract between the runtime and a device.
+//!
+//! ```text
+//!   stopped --start_queue(vring)--> running --stop_queue, which drains--> stopped
+//! ```
+//!
+//! The runtime speaks vhost-user, maps guest memory and decides when each queue runs; the device knows its features,
+//! its config space and what the buffers in its queues mean. A running queue's [`Vring`] belongs to the device, which
+//! serves it on whatever thread it likes; a stopped one's belongs to the runtime. No lock is shared between them.
+
+use std::error::Error;
+
+use cleave_common::virtio::DeviceType;
+
+use crate::vring::{QueueIndex, Vring};
+
+/// A virtio device behind a vhost-user socket. Called from the session's thread only; no call may wait for a guest.
+pub trait Device {
+    /// For messages to a person.
+    fn device_type(&self) -> DeviceType;
+
+    /// Feature bits of the device type (virtio 1.2, 5.x). The runtime adds what it implements for every device:
+    /// VERSION_1, RING_INDIRECT_DESC, RING_EVENT_IDX.
+    fn features(&self) -> u64;
+
+    fn num_queues(&self) -> u16;
+
+    /// Entries of the largest queue this device serves, a power of two.
+    fn max_queue_size(&self) -> u16;
+
+    /// What the guest acknowledged, a subset of [`Device::features`]. All queues are stopped.
+    fn ack_features(&mut self, features: u64);
+
+    /// The whole config space. Reads past its end are answered with zeros.
+    fn config(&self) -> Vec<u8>;
+
+    /// A guest's write at byte `offset`; `offset + data.len()` lies inside [`Device::config`]. Queues may be running.
+    ///
+    /// # Errors
+    /// The field is not writable or the value makes no sense; nothing has changed then.
+    fn write_config(&mut self, offset: usize, data: &[u8]) -> Result<(), Box<dyn Error + Send + Sync>>;
+
+    /// Serves `vring` from now on. The queue of its index is stopped.
+    ///
+    /// # Errors
+    /// The queue cannot run; it stays stopped.
+    fn start_queue(&mut self, vring: Vring) -> Result<(), Box<dyn Error + Send + Sync>>;
+
+    /// Fetches no more requests, completes those that it has, and gives the vring back. `None` if the queue is not running.
+    fn stop_queue(&mut self, index: QueueIndex) -> Option<Vring>;
+
+    /// Back to the state before the first session. All queues are stopped.
+    fn reset(&mut self);
+}

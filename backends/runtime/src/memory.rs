@@ -1,0 +1,147 @@
+//! Guest memory as the frontend shares it, and the two kinds of addresses that name it.
+//!
+//! A frontend names ring addresses by *user address*, the guest names buffers by *guest-physical address*. Only this
+//! module knows both. A [`GuestMemory`] never changes: adding or removing a region makes another one that shares the
+//! mappings, so that whoever still holds the old one keeps what it uses mapped.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use cleave_common::vhost_user::{MAX_MEM_SLOTS, MemoryRegion};
+use rustix::fs::{FileType, fstat};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+
+/// The smallest unit that can be mapped.
+const PAGE: u64 = 4096;
+
+/// Why a memory region is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    #[error("memory region {0:x?} is empty, wraps around or is not aligned to pages")]
+    Shape(MemoryRegion),
+    #[error("memory region {region:x?} does not lie inside its file of {file_len:#x} bytes")]
+    PastEnd { region: MemoryRegion, file_len: u64 },
+    #[error("the file of memory region {0:x?} is neither a memfd nor a regular file")]
+    NotAFile(MemoryRegion),
+    #[error("memory region {0:x?} overlaps another")]
+    Overlap(MemoryRegion),
+    #[error("no memory region is {0:x?}")]
+    Unknown(MemoryRegion),
+    #[error("more than {MAX_MEM_SLOTS} memory regions")]
+    TooMany,
+    #[error("a memory table of {regions} regions came with {fds} file descriptors")]
+    Fds { regions: usize, fds: usize },
+    #[error("memory region {region:x?} cannot be mapped: {reason}")]
+    Map { region: MemoryRegion, reason: String },
+}
+
+/// All regions a frontend shares at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct GuestMemory {
+    regions: Vec<MemoryRegion>,
+    map: GuestMemoryMmap<()>,
+}
+
+impl GuestMemory {
+    /// SET_MEM_TABLE: region *n* is in file *n*.
+    pub fn from_table(regions: &[MemoryRegion], fds: Vec<OwnedFd>) -> Result<Self, MemoryError> {
+        if regions.len() != fds.len() {
+            return Err(MemoryError::Fds { regions: regions.len(), fds: fds.len() });
+        }
+        regions
+            .iter()
+            .zip(fds)
+            .try_fold(Self::default(), |memory, (region, fd)| memory.with_region(*region, fd))
+    }
+
+    /// ADD_MEM_REG.
+    pub fn with_region(&self, region: MemoryRegion, fd: OwnedFd) -> Result<Self, MemoryError> {
+        if self.regions.len() >= MAX_MEM_SLOTS {
+            return Err(MemoryError::TooMany);
+        }
+        check_shape(&region)?;
+        if self.regions.iter().any(|other| overlap(other, &region)) {
+            return Err(MemoryError::Overlap(region));
+        }
+        let mapped = Arc::new(map_region(&region, fd)?);
+        let map = self.map.insert_region(mapped).map_err(|_| MemoryError::Overlap(region))?;
+        let mut regions = self.regions.clone();
+        regions.push(region);
+        Ok(Self { regions, map })
+    }
+
+    /// REM_MEM_REG: the region is named by its guest address, user address and size.
+    pub fn without_region(&self, region: MemoryRegion) -> Result<Self, MemoryError> {
+        let same = |other: &MemoryRegion| {
+            (other.guest_addr, other.user_addr, other.size)
+                == (region.guest_addr, region.user_addr, region.size)
+        };
+        let Some(at) = self.regions.iter().position(same) else {
+            return Err(MemoryError::Unknown(region));
+        };
+        let (map, _) = self
+            .map
+            .remove_region(GuestAddress(region.guest_addr), region.size)
+            .map_err(|_| MemoryError::Unknown(region))?;
+        let mut regions = self.regions.clone();
+        regions.remove(at);
+        Ok(Self { regions, map })
+    }
+
+    /// The guest-physical address of `len` bytes that the frontend names by user address, if they lie in one region.
+    pub fn translate(&self, user_addr: u64, len: u64) -> Option<GuestAddress> {
+        self.regions.iter().find_map(|region| {
+            let offset = user_addr.checked_sub(region.user_addr)?;
+            (offset.checked_add(len)? <= region.size).then(|| GuestAddress(region.guest_addr + offset))
+        })
+    }
+
+    /// Memory by guest-physical address.
+    pub fn map(&self) -> &GuestMemoryMmap<()> {
+        &self.map
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.map.num_regions() == 0
+    }
+}
+
+fn check_shape(region: &MemoryRegion) -> Result<(), MemoryError> {
+    let ends =
+        [region.guest_addr, region.user_addr, region.mmap_offset].map(|start| start.checked_add(region.size));
+    let aligned = (region.size | region.mmap_offset | region.guest_addr).is_multiple_of(PAGE);
+    let fits = ends.iter().all(Option::is_some) && i64::try_from(region.size).is_ok();
+    if region.size == 0 || !aligned || !fits { Err(MemoryError::Shape(*region)) } else { Ok(()) }
+}
+
+fn overlap(a: &MemoryRegion, b: &MemoryRegion) -> bool {
+    let meets = |a_start: u64, b_start: u64| a_start < b_start + b.size && b_start < a_start + a.size;
+    meets(a.guest_addr, b.guest_addr) || meets(a.user_addr, b.user_addr)
+}
+
+/// Maps only what the file really holds: a mapping past its end would answer an access with SIGBUS.
+fn map_region(region: &MemoryRegion, fd: OwnedFd) -> Result<GuestRegionMmap<()>, MemoryError> {
+    let failed =
+        |reason: &dyn std::fmt::Display| MemoryError::Map { region: *region, reason: reason.to_string() };
+    let stat = fstat(&fd).map_err(|errno| failed(&errno))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(MemoryError::NotAFile(*region));
+    }
+    let file_len = stat.st_size as u64;
+    if region.mmap_offset + region.size > file_len {
+        return Err(MemoryError::PastEnd { region: *region, file_len });
+    }
+    let size = usize::try_from(region.size).map_err(|error| failed(&error))?;
+    let mapping = MmapRegionBuilder::<()>::new(size)
+        .with_file_offset(FileOffset::new(File::from(fd), region.mmap_offset))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|error| failed(&error))?;
+    GuestRegionMmap::new(mapping, GuestAddress(region.guest_addr)).ok_or(MemoryError::Shape(*region))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,287 @@
+//! One frontend's session: what it has negotiated, its memory, its rings.
+//!
+//! ```text
+//!   a ring:   Idle --all is set, and it is enabled--> Running --GET_VRING_BASE, disable, memory change--> Idle
+//! ```
+//!
+//! *Running* here means that the device has the vring. Whether the ring is *started* in the specification's sense is
+//! [`crate::Vring::is_started`]: the device touches nothing before the first kick. Whatever changes under a running ring takes it
+//! from the device (which drains it), changes, and hands it back.
+//!
+//! Invariants: a message is checked whole before anything is changed; a refusal changes nothing; when the session is
+//! dropped the device has no vring.
+
+mod rings;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cleave_common::vhost_user::features::{protocol, virtio};
+use cleave_common::vhost_user::{
+    Channel, ChannelError, Config, FrontendRequest, MAX_MEM_SLOTS, Malformed, MemoryTable, Message, Payload,
+    SingleRegion, UnknownRequest, VringAddr, VringFd, VringState,
+};
+use tracing::{debug, trace, warn};
+
+use crate::device::Device;
+use crate::memory::{GuestMemory, MemoryError};
+use crate::vring::RingError;
+use rings::RingSlot;
+
+/// Longest config space a frontend may ask about, in bytes.
+const MAX_CONFIG: usize = 4096;
+
+/// A frontend that does not take its answer by then is gone.
+const REPLY_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Ring features the runtime implements for every device.
+const RING_FEATURES: u64 = virtio::VERSION_1 | virtio::RING_INDIRECT_DESC | virtio::RING_EVENT_IDX;
+
+const PROTOCOL_FEATURES: u64 = protocol::MQ
+    | protocol::REPLY_ACK
+    | protocol::CONFIG
+    | protocol::RESET_DEVICE
+    | protocol::CONFIGURE_MEM_SLOTS;
+
+/// Why a request is not done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SessionError {
+    #[error("{request}: {source}")]
+    Refused { request: FrontendRequest, source: Refusal },
+    #[error(transparent)]
+    Unknown(#[from] UnknownRequest),
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+}
+
+/// What is wrong with one request.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error("this backend does not implement it")]
+    NotOffered,
+    #[error("features {0:#x} were not offered")]
+    Features(u64),
+    #[error("queue {index} does not exist: the device has {num_queues}")]
+    NoSuchQueue { index: u32, num_queues: u16 },
+    #[error("{num} is no size for a queue: a power of two up to {max} is")]
+    QueueSize { num: u32, max: u16 },
+    #[error("a vring part is misaligned or outside guest memory")]
+    VringOutsideMemory,
+    #[error("not before queue {0} is stopped")]
+    Running(u16),
+    #[error("queue {0} without a kick descriptor would have to be polled, which this backend does not do")]
+    NoKick(u8),
+    #[error("bytes {offset} to {end} are outside config space")]
+    ConfigRange { offset: u64, end: u64 },
+    #[error("{0}")]
+    Device(Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What goes back when a request is done.
+enum Answer {
+    /// Nothing but the acknowledgement, if asked for.
+    Done,
+    Payload(Vec<u8>),
+}
+
+impl Answer {
+    fn of(payload: &impl Payload) -> Self {
+        Self::Payload(payload.encode())
+    }
+}
+
+/// Everything one connection has set up. Dropping it stops all rings; what the device itself knows, it keeps.
+pub(crate) struct Session<'d> {
+    device: &'d mut dyn Device,
+    acked_features: u64,
+    protocol_features: u64,
+    memory: Arc<GuestMemory>,
+    rings: Vec<RingSlot>,
+}
+
+impl<'d> Session<'d> {
+    pub(crate) fn new(device: &'d mut dyn Device) -> Self {
+        let rings = (0..device.num_queues()).map(|_| RingSlot::default()).collect();
+        Self { device, acked_features: 0, protocol_features: 0, memory: Arc::default(), rings }
+    }
+
+    /// Does what `message` asks and answers it.
+    ///
+    /// # Errors
+    /// The session cannot go on: the request could not be done and the frontend has no other way to learn of it.
+    pub(crate) fn handle(&mut self, channel: &mut Channel, mut message: Message) -> Result<(), SessionError> {
+        let request = FrontendRequest::try_from(message.request)?;
+        let wants_ack = message.flags.needs_reply() && self.protocol_features & protocol::REPLY_ACK != 0;
+        trace!("{request}, {} bytes, {} descriptors", message.body.len(), message.fds.len());
+        let deadline = Some(Instant::now() + REPLY_DEADLINE);
+        match self.dispatch(request, &mut message) {
+            Ok(Answer::Payload(body)) => {
+                channel.send(request, cleave_common::vhost_user::Flags::REPLY, &body, &[], deadline)?;
+            }
+            Ok(Answer::Done) if wants_ack => channel.reply(request, &0u64, &[], deadline)?,
+            Ok(Answer::Done) => {}
+            Err(source) if wants_ack && !has_own_reply(request) => {
+                warn!("refused {request}: {source}");
+                channel.reply(request, &1u64, &[], deadline)?;
+            }
+            Err(source) => return Err(SessionError::Refused { request, source }),
+        }
+        Ok(())
+    }
+
+    fn dispatch(&mut self, request: FrontendRequest, message: &mut Message) -> Result<Answer, Refusal> {
+        use FrontendRequest as R;
+        match request {
+            R::GetFeatures => Ok(Answer::of(&self.features())),
+            R::SetFeatures => self.set_features(message.payload()?),
+            R::GetProtocolFeatures => Ok(Answer::of(&PROTOCOL_FEATURES)),
+            R::SetProtocolFeatures => self.set_protocol_features(message.payload()?),
+            // RESET_OWNER is deprecated, and the specification recommends to ignore it.
+            R::SetOwner | R::ResetOwner => Ok(Answer::Done),
+            R::GetQueueNum => Ok(Answer::of(&u64::from(self.device.num_queues()))),
+            R::GetMaxMemSlots => Ok(Answer::of(&(MAX_MEM_SLOTS as u64))),
+            R::SetMemTable => {
+                let table: MemoryTable = message.payload()?;
+                let memory = GuestMemory::from_table(&table.regions, std::mem::take(&mut message.fds))?;
+                Ok(self.set_memory(memory))
+            }
+            R::AddMemReg => {
+                let SingleRegion(region) = message.payload()?;
+                let memory = self.memory.with_region(region, message.single_fd()?)?;
+                Ok(self.set_memory(memory))
+            }
+            // Some frontends send the region's descriptor here too; it is closed with the message.
+            R::RemMemReg => {
+                let SingleRegion(region) = message.payload()?;
+                let memory = self.memory.without_region(region)?;
+                Ok(self.set_memory(memory))
+            }
+            R::SetVringNum => self.set_vring_num(message.payload()?),
+            R::SetVringAddr => self.set_vring_addr(message.payload::<VringAddr>()?),
+            R::SetVringBase => self.set_vring_base(message.payload()?),
+            R::GetVringBase => self.get_vring_base(message.payload::<VringState>()?),
+            R::SetVringKick => {
+                let which: VringFd = message.payload()?;
+                self.set_vring_kick(which, vring_fd(which, message)?)
+            }
+            R::SetVringCall => {
+                let which: VringFd = message.payload()?;
+                self.set_vring_call(which, vring_fd(which, message)?)
+            }
+            R::SetVringErr => {
+                let which: VringFd = message.payload()?;
+                self.set_vring_err(which, vring_fd(which, message)?)
+            }
+            R::SetVringEnable => self.set_vring_enable(message.payload()?),
+            R::GetConfig => self.get_config(message.payload()?),
+            R::SetConfig => self.set_config(message.payload()?),
+            R::ResetDevice => self.reset_device(),
+            _ => Err(Refusal::NotOffered),
+        }
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features() | RING_FEATURES | virtio::PROTOCOL_FEATURES
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<Answer, Refusal> {
+        let unknown = features & !self.features();
+        if unknown != 0 {
+            return Err(Refusal::Features(unknown));
+        }
+        debug!("acked features {features:#x}");
+        self.pause_rings();
+        self.acked_features = features;
+        let of_device = features & !(RING_FEATURES | virtio::PROTOCOL_FEATURES);
+        self.device.ack_features(of_device);
+        if features & virtio::PROTOCOL_FEATURES == 0 {
+            self.rings.iter_mut().for_each(RingSlot::enable);
+        }
+        self.resume_rings()?;
+        Ok(Answer::Done)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<Answer, Refusal> {
+        let unknown = features & !PROTOCOL_FEATURES;
+        if unknown != 0 {
+            return Err(Refusal::Features(unknown));
+        }
+        debug!("protocol features {features:#x}");
+        self.protocol_features = features;
+        Ok(Answer::Done)
+    }
+
+    /// Swaps guest memory under the rings. One that is not in the new memory waits for its new addresses.
+    fn set_memory(&mut self, memory: GuestMemory) -> Answer {
+        self.pause_rings();
+        self.memory = Arc::new(memory);
+        for index in self.indices() {
+            if let Err(error) = self.resume(index) {
+                warn!("{index} waits, after a change of memory: {error}");
+            }
+        }
+        Answer::Done
+    }
+
+    fn get_config(&self, wanted: Config) -> Result<Answer, Refusal> {
+        let config = self.device.config();
+        let (start, end) = config_range(&wanted, MAX_CONFIG)?;
+        let data = (start..end).map(|at| config.get(at).copied().unwrap_or(0)).collect();
+        Ok(Answer::of(&Config { data, ..wanted }))
+    }
+
+    fn set_config(&mut self, write: Config) -> Result<Answer, Refusal> {
+        let (start, _) = config_range(&write, self.device.config().len())?;
+        self.device.write_config(start, &write.data).map_err(Refusal::Device)?;
+        Ok(Answer::Done)
+    }
+
+    fn reset_device(&mut self) -> Result<Answer, Refusal> {
+        self.pause_rings();
+        self.rings.iter_mut().for_each(|ring| *ring = RingSlot::default());
+        self.device.reset();
+        Ok(Answer::Done)
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        self.pause_rings();
+    }
+}
+
+/// Requests whose answer is a payload of their own: a refusal cannot be told from it.
+fn has_own_reply(request: FrontendRequest) -> bool {
+    use FrontendRequest as R;
+    matches!(
+        request,
+        R::GetFeatures
+            | R::GetProtocolFeatures
+            | R::GetQueueNum
+            | R::GetMaxMemSlots
+            | R::GetVringBase
+            | R::GetConfig
+            | R::GetInflightFd
+            | R::GetStatus
+            | R::SetLogBase
+    )
+}
+
+fn vring_fd(which: VringFd, message: &mut Message) -> Result<Option<std::os::fd::OwnedFd>, Malformed> {
+    if which.no_fd { Ok(None) } else { message.single_fd().map(Some) }
+}
+
+fn config_range(access: &Config, len: usize) -> Result<(usize, usize), Refusal> {
+    let offset = u64::from(access.offset);
+    let end = offset + access.data.len() as u64;
+    if end > len as u64 {
+        return Err(Refusal::ConfigRange { offset, end });
+    }
+    Ok((offset as usize, end as usize))
+}

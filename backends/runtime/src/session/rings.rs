@@ -1,0 +1,202 @@
+//! The vring requests, and when a ring runs.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use cleave_common::vhost_user::{Malformed, VringAddr, VringFd, VringState};
+use tracing::{debug, warn};
+
+use super::{Answer, Refusal, Session};
+use crate::vring::{Call, QueueIndex, RingAddresses, SplitRing, Vring};
+use cleave_common::vhost_user::features::virtio;
+
+/// What the frontend has said about one ring.
+#[derive(Debug, Default)]
+pub(super) struct RingSlot {
+    /// Entries; 0 until SET_VRING_NUM.
+    size: u16,
+    /// User addresses of descriptors, available ring, used ring.
+    addresses: Option<[u64; 3]>,
+    /// The next entry of the available ring to fetch, while the device does not have the ring.
+    next_avail: u16,
+    kick: Option<OwnedFd>,
+    call: Call,
+    err: Option<Arc<OwnedFd>>,
+    enabled: bool,
+    /// It has been kicked since its last SET_VRING_KICK.
+    started: bool,
+    running: bool,
+}
+
+impl RingSlot {
+    pub(super) fn enable(&mut self) {
+        self.enabled = true;
+    }
+
+    /// Makes the vring to hand to the device, once all there is to know about it is known.
+    fn take_vring(
+        &mut self,
+        index: QueueIndex,
+        memory: &Arc<super::GuestMemory>,
+        event_idx: bool,
+    ) -> Result<Option<Vring>, Refusal> {
+        let (true, Some(user), Some(kick), false) =
+            (self.enabled && self.size != 0, self.addresses, &self.kick, memory.is_empty())
+        else {
+            return Ok(None);
+        };
+        let addresses =
+            RingAddresses::translate(memory, user, self.size).ok_or(Refusal::VringOutsideMemory)?;
+        let ring = SplitRing::new(memory, addresses, self.size, self.next_avail, event_idx)?;
+        let kick = kick.try_clone().map_err(|error| Refusal::Device(error.into()))?;
+        Ok(Some(Vring {
+            index,
+            ring,
+            memory: memory.clone(),
+            kick,
+            call: self.call.clone(),
+            err: self.err.clone(),
+            started: self.started,
+        }))
+    }
+}
+
+impl Session<'_> {
+    fn slot(&mut self, index: u32) -> Result<(QueueIndex, &mut RingSlot), Refusal> {
+        let num_queues = self.rings.len() as u16;
+        let slot = self.rings.get_mut(index as usize).ok_or(Refusal::NoSuchQueue { index, num_queues })?;
+        Ok((QueueIndex(index as u16), slot))
+    }
+
+    /// The slot of a ring that must not run while this is changed.
+    fn stopped_slot(&mut self, index: u32) -> Result<&mut RingSlot, Refusal> {
+        let (QueueIndex(which), slot) = self.slot(index)?;
+        if slot.running { Err(Refusal::Running(which)) } else { Ok(slot) }
+    }
+
+    /// Takes a ring from the device, which completes what it has fetched.
+    fn pause(&mut self, index: QueueIndex) {
+        let slot = &mut self.rings[usize::from(index.0)];
+        if !std::mem::take(&mut slot.running) {
+            return;
+        }
+        match self.device.stop_queue(index) {
+            Some(vring) => {
+                slot.next_avail = vring.ring.next_avail();
+                slot.started = vring.started;
+            }
+            None => warn!("{index} was lost by its device"),
+        }
+    }
+
+    /// Gives a ring to the device, if it may run.
+    pub(super) fn resume(&mut self, index: QueueIndex) -> Result<(), Refusal> {
+        let event_idx = self.acked_features & virtio::RING_EVENT_IDX != 0;
+        let slot = &mut self.rings[usize::from(index.0)];
+        if slot.running {
+            return Ok(());
+        }
+        if let Some(vring) = slot.take_vring(index, &self.memory, event_idx)? {
+            debug!("{index} runs: {} entries from {}", slot.size, slot.next_avail);
+            self.device.start_queue(vring).map_err(Refusal::Device)?;
+            slot.running = true;
+        }
+        Ok(())
+    }
+
+    pub(super) fn indices(&self) -> impl Iterator<Item = QueueIndex> + use<> {
+        (0..self.rings.len() as u16).map(QueueIndex)
+    }
+
+    pub(super) fn pause_rings(&mut self) {
+        self.indices().for_each(|index| self.pause(index));
+    }
+
+    pub(super) fn resume_rings(&mut self) -> Result<(), Refusal> {
+        self.indices().try_for_each(|index| self.resume(index))
+    }
+
+    pub(super) fn set_vring_num(&mut self, state: VringState) -> Result<Answer, Refusal> {
+        let max = self.device.max_queue_size();
+        let slot = self.stopped_slot(state.index)?;
+        match u16::try_from(state.num) {
+            Ok(size) if size.is_power_of_two() && size <= max => slot.size = size,
+            _ => return Err(Refusal::QueueSize { num: state.num, max }),
+        }
+        Ok(Answer::Done)
+    }
+
+    /// The rings are found again at each start: memory may have changed under their addresses by then.
+    pub(super) fn set_vring_addr(&mut self, addr: VringAddr) -> Result<Answer, Refusal> {
+        let memory = self.memory.clone();
+        let (index, slot) = self.slot(addr.index)?;
+        let user = [addr.descriptor, addr.available, addr.used];
+        if !memory.is_empty() && RingAddresses::translate(&memory, user, slot.size.max(1)).is_none() {
+            return Err(Refusal::VringOutsideMemory);
+        }
+        // Frontends also send the same addresses again under a running ring, to switch its log.
+        if slot.addresses != Some(user) {
+            self.pause(index);
+            self.rings[usize::from(index.0)].addresses = Some(user);
+            self.resume(index)?;
+        }
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_vring_base(&mut self, state: VringState) -> Result<Answer, Refusal> {
+        let slot = self.stopped_slot(state.index)?;
+        let value = u64::from(state.num);
+        slot.next_avail =
+            u16::try_from(state.num).map_err(|_| Malformed::Value { what: "vring base", value })?;
+        Ok(Answer::Done)
+    }
+
+    /// Stops the ring: only a new kick descriptor starts it again.
+    pub(super) fn get_vring_base(&mut self, state: VringState) -> Result<Answer, Refusal> {
+        let (index, _) = self.slot(state.index)?;
+        self.pause(index);
+        let slot = &mut self.rings[usize::from(index.0)];
+        slot.kick = None;
+        slot.started = false;
+        debug!("{index} stopped at {}", slot.next_avail);
+        Ok(Answer::of(&VringState { index: state.index, num: u32::from(slot.next_avail) }))
+    }
+
+    pub(super) fn set_vring_kick(&mut self, which: VringFd, fd: Option<OwnedFd>) -> Result<Answer, Refusal> {
+        let (index, _) = self.slot(which.index.into())?;
+        let fd = fd.ok_or(Refusal::NoKick(which.index))?;
+        self.pause(index);
+        // A ring that was started stays so: a kick that came on the old descriptor is not lost.
+        self.rings[usize::from(index.0)].kick = Some(fd);
+        self.resume(index)?;
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_vring_call(&mut self, which: VringFd, fd: Option<OwnedFd>) -> Result<Answer, Refusal> {
+        let (_, slot) = self.slot(which.index.into())?;
+        slot.call.set(fd);
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_vring_err(&mut self, which: VringFd, fd: Option<OwnedFd>) -> Result<Answer, Refusal> {
+        let (_, slot) = self.slot(which.index.into())?;
+        slot.err = fd.map(Arc::new);
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_vring_enable(&mut self, state: VringState) -> Result<Answer, Refusal> {
+        let (index, slot) = self.slot(state.index)?;
+        match state.num {
+            0 => {
+                slot.enabled = false;
+                self.pause(index);
+            }
+            1 => {
+                slot.enabled = true;
+                self.resume(index)?;
+            }
+            other => return Err(Malformed::Value { what: "vring enable", value: other.into() }.into()),
+        }
+        Ok(Answer::Done)
+    }
+}

@@ -1,0 +1,309 @@
+//! Asynchronous I/O on one image from one thread, over io_uring.
+//!
+//! ```text
+//!   a slot:   free --submit--> in flight --short transfer: the rest again--> in flight --all moved, or an error--> free
+//! ```
+//!
+//! Invariants: one slot a request, named by its caller's tag; a slot's buffers are not touched by anybody else until its
+//! event is out; [`Engine::wait`] is the only place where the thread waits, for I/O and for watched descriptors alike.
+#![expect(unsafe_code, reason = "the kernel is handed pointers into guest memory")]
+
+mod transfer;
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use crate::image::{CacheMode, Image};
+pub use transfer::Transfer;
+use transfer::{Progress, Slot};
+
+/// The image among the ring's registered files.
+const IMAGE: types::Fixed = types::Fixed(0);
+
+/// Most submissions that gather before the kernel is told.
+const MAX_SQ: u32 = 128;
+
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(
+        "io_uring is disabled on this host: allow it with 'sysctl kernel.io_uring_disabled=0', or in the container's seccomp profile"
+    )]
+    Disabled,
+    #[error("io_uring cannot be set up")]
+    Io(#[from] io::Error),
+}
+
+/// A descriptor being watched for input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WatchId(u32);
+
+/// What [`Engine::next_event`] reports.
+#[derive(Debug)]
+pub enum Event {
+    /// The transfer or flush of `tag` is over; its buffers are the caller's again.
+    Done { tag: u16, result: io::Result<()> },
+    /// A watched descriptor has input, or had it meanwhile.
+    Readable(WatchId),
+    /// A watched descriptor is watched no more: it failed, or hung up.
+    WatchLost(WatchId),
+}
+
+/// One thread's I/O on one image.
+pub struct Engine {
+    ring: IoUring,
+    image: Arc<Image>,
+    slots: Vec<Slot>,
+    in_flight: usize,
+    watches: Vec<Watch>,
+    next_watch: u32,
+}
+
+struct Watch {
+    id: WatchId,
+    fd: i32,
+}
+
+/// `user_data`: a request's tag, a watch, or something whose completion nobody waits for.
+enum Token {
+    Slot(u16),
+    Watch(WatchId),
+    Ignore,
+}
+
+impl Token {
+    const WATCH: u64 = 1 << 32;
+    const IGNORE: u64 = 2 << 32;
+
+    fn encode(self) -> u64 {
+        match self {
+            Self::Slot(tag) => u64::from(tag),
+            Self::Watch(WatchId(id)) => Self::WATCH | u64::from(id),
+            Self::Ignore => Self::IGNORE,
+        }
+    }
+
+    fn decode(word: u64) -> Self {
+        match word & !0xffff_ffff {
+            0 => Self::Slot(word as u16),
+            Self::WATCH => Self::Watch(WatchId(word as u32)),
+            _ => Self::Ignore,
+        }
+    }
+}
+
+impl Engine {
+    /// Sets up I/O on `image` with up to `depth` requests at once. Call it on the thread that will use it.
+    pub fn new(image: Arc<Image>, depth: u16) -> Result<Self, EngineError> {
+        let ring = build_ring(u32::from(depth)).map_err(|error| match error.raw_os_error() {
+            Some(libc::EPERM | libc::ENOSYS) => EngineError::Disabled,
+            _ => EngineError::Io(error),
+        })?;
+        ring.submitter().register_files(&[image.file().as_raw_fd()])?;
+        let mut slots = Vec::new();
+        slots.resize_with(usize::from(depth), Slot::default);
+        Ok(Self { ring, image, slots, in_flight: 0, watches: Vec::new(), next_watch: 0 })
+    }
+
+    /// Requests whose event is not out yet.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether the request of `tag` is in flight. Tags at or past the depth never are.
+    pub fn is_busy(&self, tag: u16) -> bool {
+        self.slots.get(usize::from(tag)).is_some_and(Slot::is_busy)
+    }
+
+    /// Starts moving bytes between the image at `transfer.offset` and `buffers`.
+    ///
+    /// # Panics
+    /// When `tag` is busy, or not below the depth.
+    ///
+    /// # Safety
+    /// The memory of `buffers` stays mapped until the event of `tag`; it may be shared with others that read and write it.
+    pub unsafe fn transfer(
+        &mut self,
+        tag: u16,
+        transfer: Transfer,
+        buffers: impl IntoIterator<Item = libc::iovec>,
+    ) {
+        let align = self.alignment();
+        let slot = &mut self.slots[usize::from(tag)];
+        assert!(!slot.is_busy(), "request {tag} is in flight");
+        slot.begin(transfer, buffers, align);
+        self.in_flight += 1;
+        self.submit_slot(tag);
+    }
+
+    /// Makes all writes whose event is out durable.
+    ///
+    /// # Panics
+    /// As [`Engine::transfer`].
+    pub fn flush(&mut self, tag: u16) {
+        let slot = &mut self.slots[usize::from(tag)];
+        assert!(!slot.is_busy(), "request {tag} is in flight");
+        slot.begin_flush();
+        self.in_flight += 1;
+        self.submit_slot(tag);
+    }
+
+    /// Reports whenever `fd` has input, from now until [`Engine::unwatch`]. Reports are edges: input that is already
+    /// known of is not reported again.
+    pub fn watch(&mut self, fd: BorrowedFd<'_>) -> WatchId {
+        let id = WatchId(self.next_watch);
+        self.next_watch = self.next_watch.wrapping_add(1);
+        self.watches.push(Watch { id, fd: fd.as_raw_fd() });
+        self.arm(id, fd.as_raw_fd());
+        id
+    }
+
+    /// No event of `id` comes out after this. Call it before the descriptor is closed.
+    pub fn unwatch(&mut self, id: WatchId) {
+        self.watches.retain(|watch| watch.id != id);
+        let cancel =
+            opcode::PollRemove::new(Token::Watch(id).encode()).build().user_data(Token::Ignore.encode());
+        self.push(&cancel);
+    }
+
+    fn arm(&mut self, id: WatchId, fd: i32) {
+        let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
+        self.push(&poll.user_data(Token::Watch(id).encode()));
+    }
+
+    /// Submits what has gathered and lets events come that are ready, without waiting.
+    pub fn poll(&mut self) -> io::Result<()> {
+        const GETEVENTS: u32 = 1;
+        let pending = self.ring.submission().len() as u32;
+        // SAFETY: no argument is passed, and the entries are valid by `push`.
+        match unsafe { self.ring.submitter().enter::<libc::sigset_t>(pending, 0, GETEVENTS, None) } {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
+                Err(error)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Submits what has gathered and waits for at least one event.
+    ///
+    /// # Errors
+    /// The ring is broken; nothing can be waited for any more.
+    pub fn wait(&mut self) -> io::Result<()> {
+        loop {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The completion queue overflowed, or the kernel is short of memory: completions first.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => {
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The next event that has come, without waiting.
+    pub fn next_event(&mut self) -> Option<Event> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            let event = match Token::decode(entry.user_data()) {
+                Token::Slot(tag) => self.completed(tag, entry.result()),
+                Token::Watch(id) => self.watched(id, &entry),
+                Token::Ignore => None,
+            };
+            if event.is_some() {
+                return event;
+            }
+        }
+    }
+
+    fn completed(&mut self, tag: u16, result: i32) -> Option<Event> {
+        match self.slots[usize::from(tag)].advance(result) {
+            Progress::More => {
+                self.submit_slot(tag);
+                None
+            }
+            Progress::Done(result) => {
+                self.in_flight -= 1;
+                Some(Event::Done { tag, result })
+            }
+        }
+    }
+
+    fn watched(&mut self, id: WatchId, entry: &cqueue::Entry) -> Option<Event> {
+        let fd = self.watches.iter().find(|watch| watch.id == id)?.fd;
+        let result = entry.result();
+        let readable = result > 0 && result & i32::from(libc::POLLIN) != 0;
+        if !readable {
+            self.unwatch(id);
+            return Some(Event::WatchLost(id));
+        }
+        if !cqueue::more(entry.flags()) {
+            self.arm(id, fd);
+        }
+        Some(Event::Readable(id))
+    }
+
+    fn submit_slot(&mut self, tag: u16) {
+        let entry = self.slots[usize::from(tag)].entry().user_data(Token::Slot(tag).encode());
+        self.push(&entry);
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: what an entry points to lives until its completion: buffers by the promise of `transfer`, iovecs
+            // and aligned memory in their slot, which is not reused before.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return;
+            }
+            // The queue is full; whatever keeps the kernel from taking entries is reported by the next wait.
+            if self.ring.submit().is_err() {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// What buffers must be aligned to: address, length.
+    fn alignment(&self) -> (usize, usize) {
+        match self.image.cache() {
+            CacheMode::None => (self.image.memory_align() as usize, self.image.logical_block() as usize),
+            CacheMode::Writeback | CacheMode::Writethrough => (1, 1),
+        }
+    }
+}
+
+/// The kernel may still write to the slots' memory: it does not outlive the engine unfinished.
+impl Drop for Engine {
+    fn drop(&mut self) {
+        while self.in_flight > 0 && self.wait().is_ok() {
+            while self.next_event().is_some() {}
+        }
+    }
+}
+
+/// Completions are delivered to this thread only, when it asks: no interrupts of its work. Kernels before 6.1 do not
+/// know some of it.
+fn build_ring(depth: u32) -> io::Result<IoUring> {
+    let entries = depth.clamp(16, MAX_SQ);
+    // Every request, and the watches, may complete at once.
+    let completions = (depth + 16).next_power_of_two();
+    let best = IoUring::builder()
+        .setup_cqsize(completions)
+        .setup_single_issuer()
+        .setup_coop_taskrun()
+        .setup_defer_taskrun()
+        .dontfork()
+        .build(entries);
+    match best {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().setup_cqsize(completions).dontfork().build(entries)
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+//! A disk image as the host keeps it: a raw file or a block device.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+
+use crate::lock::{self, LockError};
+
+/// Bytes in a sector, the unit of every disk interface here.
+pub const SECTOR: u64 = 512;
+
+/// Where written data is when a write completes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Past the host's page cache (O_DIRECT); the disk's own cache may still hold it until a flush.
+    None,
+    /// In the host's page cache until a flush.
+    Writeback,
+    /// On the disk: every write waits for it. Reads use the host's page cache.
+    Writethrough,
+}
+
+/// How to open an image.
+#[derive(Debug, Clone)]
+pub struct ImageOptions {
+    pub path: PathBuf,
+    pub read_only: bool,
+    pub cache: CacheMode,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    #[error("cannot open disk {}", path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error("disk {} is neither a regular file nor a block device", .0.display())]
+    Kind(PathBuf),
+    #[error("disk {} is empty: give it a size, as with 'truncate -s 10G'", .0.display())]
+    Empty(PathBuf),
+    #[error("disk {} has {len} bytes, which is not a multiple of {unit}: its last sector would be cut off; extend it to {} bytes with 'truncate'", path.display(), len.next_multiple_of(*unit))]
+    Size { path: PathBuf, len: u64, unit: u64 },
+    #[error("disk {} is on a file system without O_DIRECT: use --cache writeback", .0.display())]
+    NoDirect(PathBuf),
+    #[error("disk {} is in use", path.display())]
+    Locked { path: PathBuf, source: LockError },
+    #[error("cannot lock disk {}", path.display())]
+    Lock { path: PathBuf, source: io::Error },
+}
+
+impl ImageError {
+    /// Whether the host stands in the way (permission, a lock) rather than the name or the file being wrong.
+    pub fn is_hosts_fault(&self) -> bool {
+        match self {
+            Self::Open { source, .. } => !matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::IsADirectory | io::ErrorKind::NotADirectory
+            ),
+            Self::Kind(_) | Self::Empty(_) | Self::Size { .. } | Self::NoDirect(_) => false,
+            Self::Locked { .. } | Self::Lock { .. } => true,
+        }
+    }
+}
+
+/// An open, locked image. The lock lasts as long as this lives.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    len: u64,
+    read_only: bool,
+    cache: CacheMode,
+    /// Smallest unit of I/O, in bytes: what a guest is to take for the logical block size.
+    logical_block: u32,
+    physical_block: u32,
+    /// What the address of a buffer must be a multiple of; 1 where anything goes.
+    memory_align: u32,
+}
+
+impl Image {
+    /// Opens and locks the image: exclusively to write, shared to read.
+    pub fn open(options: &ImageOptions) -> Result<Self, ImageError> {
+        let path = &options.path;
+        let opened = |source| ImageError::Open { path: path.clone(), source };
+        let direct = options.cache == CacheMode::None;
+        let meta = std::fs::metadata(path).map_err(opened)?;
+        if !meta.is_file() && !meta.file_type().is_block_device() {
+            return Err(ImageError::Kind(path.clone()));
+        }
+        let flags = OFlags::CLOEXEC | if direct { OFlags::DIRECT } else { OFlags::empty() };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(flags.bits() as i32)
+            .open(path)
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EINVAL) if direct => ImageError::NoDirect(path.clone()),
+                _ => opened(source),
+            })?;
+        // A device's size is where its end is; its metadata says 0.
+        let len = seek(&file, SeekFrom::End(0)).map_err(|errno| opened(errno.into()))?;
+        lock::lock(&file, options.read_only).map_err(|source| match source {
+            LockError::Io(source) => ImageError::Lock { path: path.clone(), source },
+            held => ImageError::Locked { path: path.clone(), source: held },
+        })?;
+        let geometry = Geometry::of(&file, meta.file_type().is_block_device(), direct).map_err(opened)?;
+        let unit = u64::from(geometry.logical_block);
+        match len {
+            0 => return Err(ImageError::Empty(path.clone())),
+            len if !len.is_multiple_of(unit) => {
+                return Err(ImageError::Size { path: path.clone(), len, unit });
+            }
+            _ => {}
+        }
+        let Geometry { logical_block, physical_block, memory_align } = geometry;
+        let (read_only, cache) = (options.read_only, options.cache);
+        Ok(Self {
+            file,
+            path: path.clone(),
+            len,
+            read_only,
+            cache,
+            logical_block,
+            physical_block,
+            memory_align,
+        })
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes, a multiple of [`Image::logical_block`].
+    #[expect(clippy::len_without_is_empty, reason = "an empty image is never opened")]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    pub fn cache(&self) -> CacheMode {
+        self.cache
+    }
+
+    pub fn logical_block(&self) -> u32 {
+        self.logical_block
+    }
+
+    /// Bytes; at least [`Image::logical_block`], and a multiple of it.
+    pub fn physical_block(&self) -> u32 {
+        self.physical_block
+    }
+
+    pub fn memory_align(&self) -> u32 {
+        self.memory_align
+    }
+}
+
+struct Geometry {
+    logical_block: u32,
+    physical_block: u32,
+    memory_align: u32,
+}
+
+impl Geometry {
+    /// Without O_DIRECT every offset and every buffer will do, whatever the disk below is like; the guest is told of
+    /// its physical blocks all the same.
+    fn of(file: &File, is_device: bool, direct: bool) -> io::Result<Self> {
+        let sector = SECTOR as u32;
+        let (device_logical, physical) = if is_device {
+            (ioctl_blksszget(file)?, ioctl_blkpbszget(file)?)
+        } else {
+            // Files are stored in blocks of the file system; writing less makes it read first.
+            (sector, rustix::fs::fstat(file)?.st_blksize.clamp(512, 4096) as u32)
+        };
+        let (logical, memory) = if direct {
+            let (offset, memory) = direct_alignment(file).unwrap_or((device_logical, 512));
+            (offset.max(device_logical), memory)
+        } else {
+            (device_logical, 1)
+        };
+        let logical = if logical.is_power_of_two() { logical.max(sector) } else { sector };
+        let physical = if physical.is_power_of_two() { physical.max(logical) } else { logical };
+        Ok(Self { logical_block: logical, physical_block: physical, memory_align: memory.max(1) })
+    }
+}
+
+/// Offset and memory alignment of O_DIRECT on this file, where the kernel (6.1) and the file system say.
+fn direct_alignment(file: &File) -> Option<(u32, u32)> {
+    // STATX_DIOALIGN, which rustix has no name for.
+    let dio_align = StatxFlags::from_bits_retain(0x2000);
+    let stat = statx(file, c"", AtFlags::EMPTY_PATH, dio_align).ok()?;
+    let said = stat.stx_mask & dio_align.bits() != 0 && stat.stx_dio_offset_align != 0;
+    said.then_some((stat.stx_dio_offset_align, stat.stx_dio_mem_align))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,61 @@
+//! A virtio driver and the vhost-user frontend below it, in one: what a daemon sees of a virtual machine, without one.
+//!
+//! ```text
+//!   Daemon (the program) <--socket-- Frontend --owns--> GuestRam <--rings, buffers-- SplitQueue <-- BlockDriver
+//! ```
+//!
+//! The rings are this crate's own, driver side; nothing is shared with the daemon's but the wire codec. Each layer gives
+//! tests its raw parts, to misuse them.
+
+mod block;
+mod daemon;
+mod frontend;
+mod memory;
+mod queue;
+
+use std::io;
+use std::time::Duration;
+
+use cleave_common::vhost_user::{ChannelError, Malformed};
+
+pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
+pub use daemon::{Daemon, binary};
+pub use frontend::{Frontend, Negotiated, USER_BASE};
+pub use memory::GuestRam;
+pub use queue::{Buffer, Flags, SplitQueue};
+
+/// What no answer may take longer than.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    #[error("the backend refused {0}")]
+    Refused(&'static str),
+    #[error("the backend answered {request} with {what}")]
+    Answer { request: &'static str, what: String },
+    #[error("the backend lacks {0}")]
+    Missing(&'static str),
+    #[error("no completion came in time")]
+    Timeout,
+    #[error("the device gave back descriptor {0}, which it was not given")]
+    ForeignDescriptor(u32),
+    #[error("{what}: {source}")]
+    Io { what: String, source: io::Error },
+    #[error("guest memory")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+    #[error("{0}")]
+    Daemon(String),
+}
+
+impl DriverError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+pub type Result<T> = std::result::Result<T, DriverError>;

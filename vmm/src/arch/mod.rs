@@ -1,0 +1,3 @@
+//! What differs between processor architectures. There is one so far.
+
+pub mod x86_64;

@@ -1,0 +1,228 @@
+//! Putting a kernel into memory and entering it: bzImage by Linux's 64-bit boot protocol, ELF by PVH.
+//!
+//! Kernel and initrd come from open files and are read anew at every [`Boot::load`], so that a reset needs no path. Both files
+//! are hostile: every address and size in them is checked against the guest's RAM before a byte is copied.
+
+mod bzimage;
+mod elf;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use cleave_common::size::ByteSize;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
+
+use super::layout::{ACPI_ROOM, ACPI_TABLES, COMMAND_LINE, COMMAND_LINE_ROOM, CONVENTIONAL_END, HIGH_MEMORY};
+use crate::kvm::vcpu::EntryState;
+use crate::memory::{GuestMemory, GuestRam};
+
+/// All that a guest is started from, held open: a reset starts the same guest again.
+#[derive(Debug)]
+pub struct Boot {
+    pub kernel: File,
+    pub initrd: Option<File>,
+    pub command_line: String,
+    /// The image that [`super::acpi::build`] made for [`ACPI_TABLES`].
+    pub acpi_tables: Vec<u8>,
+    /// Guest-physical ranges, outside RAM, that the guest must leave alone: ECAM.
+    pub reserved: Vec<Range<u64>>,
+}
+
+impl Boot {
+    /// Loads kernel, initrd, command line and tables into memory that reads as zeroes, and says how the first vCPU
+    /// starts.
+    pub fn load(&self, ram: &GuestRam) -> Result<EntryState, BootError> {
+        let memory = ram.memory();
+        memory.write_slice(&self.acpi_tables, GuestAddress(ACPI_TABLES))?;
+        match Format::of(&self.kernel)? {
+            Format::Elf => elf::load(memory, self),
+            Format::BzImage => bzimage::load(memory, self),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    #[error("cannot read the {0}")]
+    Read(&'static str, #[source] io::Error),
+    #[error(
+        "the kernel is neither a bzImage nor an ELF vmlinux: it starts with {0}, and an ELF file with 7f 45 4c 46, a bzImage has \"HdrS\" at 0x202"
+    )]
+    NotAKernel(String),
+    #[error("the kernel's file ends early: {0}")]
+    Truncated(&'static str),
+    #[error("the kernel cannot be started in 64-bit mode (boot protocol {major}.{minor:02}): use a 64-bit kernel, 3.8 or later",
+        major = .0 >> 8, minor = .0 & 0xff)]
+    Not64Bit(u16),
+    #[error("the ELF kernel is not for x86-64 (machine {machine}, class {class})")]
+    NotX86_64 { machine: u16, class: u8 },
+    #[error("the ELF kernel has no PVH entry point: use its bzImage, or build it with CONFIG_PVH=y")]
+    NoPvhEntry,
+    #[error(
+        "the kernel does not fit in the guest's memory: it needs {start:#x} to {end:#x}, and RAM ends at {ram_end:#x} ({}); give it more (--memory)",
+        ByteSize(*ram_end)
+    )]
+    KernelTooLarge { start: u64, end: u64, ram_end: u64 },
+    #[error("the kernel wants to be at {start:#x}, below 1 MiB, where the boot data are")]
+    KernelTooLow { start: u64 },
+    #[error(
+        "the initrd of {size} bytes does not fit in the guest's memory: there are {room} bytes between the kernel's end at {kernel_end:#x} and {limit:#x}; give it more (--memory)"
+    )]
+    InitrdTooLarge { size: u64, room: u64, kernel_end: u64, limit: u64 },
+    #[error("the command line is {length} bytes long, and this kernel takes {most}")]
+    CommandLineTooLong { length: u64, most: u64 },
+    #[error("the command line has a NUL byte in it")]
+    CommandLineNul,
+    #[error("cannot write to guest memory")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// A file's range that lies in guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Loaded {
+    gpa: u64,
+    size: u64,
+}
+
+/// Refuses what is no kernel, without touching guest memory.
+pub fn check(kernel: &File) -> Result<(), BootError> {
+    Format::of(kernel).map(|_| ())
+}
+
+enum Format {
+    Elf,
+    BzImage,
+}
+
+impl Format {
+    fn of(kernel: &File) -> Result<Self, BootError> {
+        let mut start = [0; 0x206];
+        let length = read_up_to(kernel, &mut start, 0).map_err(|error| BootError::Read("kernel", error))?;
+        match &start[..length] {
+            [0x7f, b'E', b'L', b'F', ..] => Ok(Self::Elf),
+            whole if whole.get(0x202..0x206) == Some(b"HdrS") => Ok(Self::BzImage),
+            [] => Err(BootError::NotAKernel("nothing: it is empty".to_owned())),
+            other => {
+                let bytes: Vec<_> = other.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+                Err(BootError::NotAKernel(bytes.join(" ")))
+            }
+        }
+    }
+}
+
+fn read_up_to(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<usize> {
+    let wanted = buffer.len();
+    while !buffer.is_empty() {
+        match file.read_at(buffer, offset) {
+            Ok(0) => break,
+            Ok(read) => {
+                buffer = &mut buffer[read..];
+                offset += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(wanted - buffer.len())
+}
+
+/// Reads a header of the kernel, whole.
+fn read_header(kernel: &File, buffer: &mut [u8], offset: u64, what: &'static str) -> Result<(), BootError> {
+    let read = read_up_to(kernel, buffer, offset).map_err(|error| BootError::Read("kernel", error))?;
+    if read < buffer.len() { Err(BootError::Truncated(what)) } else { Ok(()) }
+}
+
+/// Copies `size` bytes of `file` at `offset` to `gpa`, straight into guest memory. The range has been checked.
+fn copy(
+    memory: &GuestMemory,
+    file: &File,
+    what: &'static str,
+    offset: u64,
+    target: Loaded,
+) -> Result<(), BootError> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    file.seek(SeekFrom::Start(offset)).map_err(|error| BootError::Read(what, error))?;
+    memory
+        .read_exact_volatile_from(GuestAddress(target.gpa), &mut file, target.size as usize)
+        .map_err(|error| BootError::Read(what, io::Error::other(error)))
+}
+
+/// End of the RAM that starts at 0.
+fn low_ram_end(memory: &GuestMemory) -> u64 {
+    memory.find_region(GuestAddress(0)).map_or(0, |region| region.len())
+}
+
+/// Refuses a kernel that would not lie in RAM above 1 MiB.
+fn check_kernel(memory: &GuestMemory, start: u64, size: u64) -> Result<(), BootError> {
+    let ram_end = low_ram_end(memory);
+    if start < HIGH_MEMORY {
+        return Err(BootError::KernelTooLow { start });
+    }
+    match start.checked_add(size) {
+        Some(end) if end <= ram_end => Ok(()),
+        end => Err(BootError::KernelTooLarge { start, end: end.unwrap_or(u64::MAX), ram_end }),
+    }
+}
+
+/// Puts the initrd as high as it may lie: not above `highest`, in the RAM below the PCI hole.
+fn load_initrd(
+    memory: &GuestMemory,
+    initrd: &File,
+    kernel_end: u64,
+    highest: u64,
+) -> Result<Loaded, BootError> {
+    let size = initrd.metadata().map_err(|error| BootError::Read("initrd", error))?.len();
+    let limit = low_ram_end(memory).min(highest.saturating_add(1));
+    let kernel_end = kernel_end.next_multiple_of(0x1000);
+    let gpa = limit.checked_sub(size).map(|gpa| gpa & !0xfff).filter(|gpa| *gpa >= kernel_end);
+    let Some(gpa) = gpa else {
+        let room = limit.saturating_sub(kernel_end);
+        return Err(BootError::InitrdTooLarge { size, room, kernel_end, limit });
+    };
+    let target = Loaded { gpa, size };
+    copy(memory, initrd, "initrd", 0, target)?;
+    Ok(target)
+}
+
+/// Writes the command line with its final NUL; `most` is what the kernel takes without it.
+fn write_command_line(memory: &GuestMemory, line: &str, most: u64) -> Result<(), BootError> {
+    let most = most.min(COMMAND_LINE_ROOM - 1);
+    let length = line.len() as u64;
+    if length > most {
+        return Err(BootError::CommandLineTooLong { length, most });
+    }
+    if line.contains('\0') {
+        return Err(BootError::CommandLineNul);
+    }
+    let mut bytes = line.as_bytes().to_vec();
+    bytes.push(0);
+    Ok(memory.write_slice(&bytes, GuestAddress(COMMAND_LINE))?)
+}
+
+/// The kinds of memory that both protocols tell a kernel of; the numbers are those of e820 (ACPI 6.5, 15.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Kind {
+    Ram = 1,
+    Reserved = 2,
+    AcpiTables = 3,
+}
+
+/// The guest's memory map, lowest first.
+fn memory_map(memory: &GuestMemory, reserved: &[Range<u64>]) -> Vec<(Range<u64>, Kind)> {
+    let mut map = vec![
+        (0..CONVENTIONAL_END, Kind::Ram),
+        (ACPI_TABLES..ACPI_TABLES + ACPI_ROOM, Kind::AcpiTables),
+        (HIGH_MEMORY..low_ram_end(memory), Kind::Ram),
+    ];
+    let high = memory.iter().filter(|region| region.start_addr().0 != 0);
+    map.extend(high.map(|region| (region.start_addr().0..region.start_addr().0 + region.len(), Kind::Ram)));
+    map.extend(reserved.iter().map(|range| (range.clone(), Kind::Reserved)));
+    map.sort_by_key(|(range, _)| range.start);
+    map
+}

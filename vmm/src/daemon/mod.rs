@@ -1,0 +1,249 @@
+//! Daemons that we start: one process a device, at the other end of a socketpair.
+//!
+//! ```text
+//!   spawn() ──> Daemon (running) ──exit()──> DaemonExit
+//!                  │ └─ drop: killed and reaped
+//!                  └─ stop_all(): SIGTERM, time to end, SIGKILL
+//! ```
+//!
+//! Invariants: no daemon outlives us: it ends when its socket closes, is killed when the thread that spawned it dies,
+//! and is killed and reaped when its [`Daemon`] is dropped. A key typed at our terminal does not reach it: it is in a
+//! process group of its own.
+#![expect(unsafe_code, reason = "a closure that runs between fork and exec")]
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use cleave_common::exit::{ExitCode, Failure};
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
+};
+
+/// The descriptor that a daemon finds its end of the socketpair at.
+const SOCKET_FD: i32 = 3;
+
+/// How long a daemon that closed its socket may take to end, so that we know why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error("{program} is neither beside cleave in {} nor in PATH: build or install it", beside.display())]
+    NotFound { program: String, beside: PathBuf },
+    #[error("cannot start {} for {device}", path.display())]
+    Start { path: PathBuf, device: String, source: io::Error },
+    #[error("cannot prepare a socket for {program} ({device})")]
+    Prepare { program: String, device: String, source: io::Error },
+}
+
+/// What to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonSpec {
+    /// The program's name: "cleave-block". It is looked for beside our own executable, then in PATH.
+    pub program: String,
+    /// The device it serves, for messages: "disk0".
+    pub device: String,
+    /// Its arguments, but for `--fd`.
+    pub args: Vec<OsString>,
+}
+
+/// A running daemon. Dropping it kills it.
+#[derive(Debug)]
+pub struct Daemon {
+    program: String,
+    device: String,
+    child: Child,
+    /// Readable once the process has ended.
+    pidfd: OwnedFd,
+    /// Set once it is reaped.
+    status: Option<ExitStatus>,
+}
+
+/// How a daemon ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonExit {
+    pub program: String,
+    pub device: String,
+    pub status: ExitStatus,
+}
+
+impl DaemonExit {
+    pub fn success(&self) -> bool {
+        self.status.success()
+    }
+}
+
+impl fmt::Display for DaemonExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { program, device, status } = self;
+        match (status.code(), status.signal()) {
+            (Some(code), _) => write!(f, "{program} ({device}) ended with exit code {code}"),
+            (None, Some(signal)) => write!(f, "{program} ({device}) was killed by signal {signal}"),
+            (None, None) => write!(f, "{program} ({device}) ended"),
+        }
+    }
+}
+
+/// The daemon's end, as a reason for our own.
+impl std::error::Error for DaemonExit {}
+
+/// Starts a daemon and gives our end of its socket. It dies with the thread that calls this, so call it on one that
+/// lives as long as the machine.
+///
+/// # Errors
+/// When the program is not found or the system refuses to start it.
+pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
+    let DaemonSpec { program, device, args } = spec;
+    let prepare = |source| DaemonError::Prepare { program: program.clone(), device: device.clone(), source };
+    let path = find(program)?;
+    let (ours, theirs) = UnixStream::pair().map_err(prepare)?;
+
+    let mut command = Command::new(&path);
+    command.args(args).arg(format!("--fd={SOCKET_FD}"));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    command
+        .fd_mappings(vec![FdMapping { parent_fd: theirs.into(), child_fd: SOCKET_FD }])
+        .map_err(|error| prepare(io::Error::other(error)))?;
+    die_with_us(&mut command);
+
+    let start = |source| DaemonError::Start { path: path.clone(), device: device.clone(), source };
+    let mut child = command.spawn().map_err(start)?;
+    let pidfd = match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(errno) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(start(errno.into()));
+        }
+    };
+    tracing::debug!("started {} ({device}) as process {}", path.display(), child.id());
+    let daemon = Daemon { program: program.clone(), device: device.clone(), child, pidfd, status: None };
+    Ok((daemon, ours))
+}
+
+fn die_with_us(command: &mut Command) {
+    let us = rustix::process::getpid();
+    let arrange = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // We may have died before the line above.
+        if getppid() == Some(us) { Ok(()) } else { Err(Errno::SRCH.into()) }
+    };
+    // SAFETY: the closure makes two system calls and neither allocates nor locks.
+    unsafe { command.pre_exec(arrange) };
+}
+
+fn find(program: &str) -> Result<PathBuf, DaemonError> {
+    let beside =
+        std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned())).unwrap_or_default();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    search(program, std::iter::once(beside.clone()).chain(std::env::split_paths(&path)))
+        .ok_or_else(|| DaemonError::NotFound { program: program.to_owned(), beside })
+}
+
+fn search(program: &str, directories: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+    directories
+        .into_iter()
+        .filter(|directory| directory.as_os_str() != OsStr::new(""))
+        .map(|directory| directory.join(program))
+        .find(|path| path.is_file())
+}
+
+impl Daemon {
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How it ended, if it has; never waits. Ask when the pidfd is readable.
+    pub fn exit(&mut self) -> Option<DaemonExit> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().ok().flatten();
+        }
+        self.status.map(|status| self.exit_with(status))
+    }
+
+    /// SIGKILL: for a daemon that hangs, or that must not touch guest memory any more. Returns once it is gone, which
+    /// a process in an uninterruptible system call may delay.
+    pub fn kill(&mut self) -> Option<DaemonExit> {
+        if self.status.is_none() {
+            let _ = self.child.kill();
+            self.status = self.child.wait().ok();
+        }
+        self.status.map(|status| self.exit_with(status))
+    }
+
+    /// SIGTERM: the daemon ends when it has finished what it is doing.
+    pub fn terminate(&self) {
+        if self.status.is_none() {
+            let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
+        }
+    }
+
+    /// What to tell of a device whose session failed with `error`: if the daemon ended by itself, its exit code and
+    /// its own message on standard error say more than a closed socket does.
+    pub fn failure(mut self, error: impl std::error::Error + Send + Sync + 'static) -> Failure {
+        self.wait_until(Instant::now() + LAST_WORDS);
+        let Some(exit) = self.exit() else { return Failure::device(error) };
+        match exit.status.code() {
+            Some(2) => Failure::new(ExitCode::Usage, exit),
+            Some(3) => Failure::new(ExitCode::Host, exit),
+            _ => Failure::device(exit),
+        }
+    }
+
+    /// Whether it has ended by then.
+    fn wait_until(&self, deadline: Instant) -> bool {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).unwrap_or_default();
+            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&timeout)) {
+                Err(Errno::INTR) => {}
+                Ok(ready) => return ready > 0,
+                Err(_) => return false,
+            }
+        }
+    }
+
+    fn exit_with(&self, status: ExitStatus) -> DaemonExit {
+        DaemonExit { program: self.program.clone(), device: self.device.clone(), status }
+    }
+}
+
+impl AsFd for Daemon {
+    /// The pidfd: readable once the process has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Ends all of them: SIGTERM, then SIGKILL for those that are still there after `grace`. How each ended, in order.
+pub fn stop_all(daemons: Vec<Daemon>, grace: Duration) -> Vec<DaemonExit> {
+    daemons.iter().for_each(Daemon::terminate);
+    let deadline = Instant::now() + grace;
+    let stop = |mut daemon: Daemon| {
+        daemon.wait_until(deadline);
+        daemon.kill()
+    };
+    daemons.into_iter().filter_map(stop).collect()
+}
+
+#[cfg(test)]
+mod tests;

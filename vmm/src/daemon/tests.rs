@@ -1,0 +1,113 @@
+use std::io::{Read, Write};
+use std::path::Path;
+use std::thread;
+
+use super::*;
+
+/// A shell that plays the daemon: descriptor 3 is its socket, `$0` is the option that says so.
+fn shell(script: &str) -> (Daemon, UnixStream) {
+    let args = vec!["-c".into(), script.into()];
+    spawn(&DaemonSpec { program: "sh".into(), device: "disk0".into(), args }).unwrap()
+}
+
+fn said(mut socket: UnixStream) -> String {
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn ended(daemon: &mut Daemon) -> DaemonExit {
+    assert!(daemon.wait_until(Instant::now() + Duration::from_secs(5)), "it still runs");
+    daemon.exit().unwrap()
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon closed the connection")]
+struct Closed;
+
+#[test]
+fn a_daemon_gets_its_socket_and_nothing_else_of_ours() {
+    let (mut daemon, socket) = shell("for fd in /proc/$$/fd/*; do echo -n ${fd##*/},; done >&3; echo $0 >&3");
+    // A shell may keep a copy of a descriptor it redirects from 10 on.
+    let said = said(socket);
+    assert!(said.starts_with("0,1,2,3,") && said.trim_end().ends_with("--fd=3"), "{said}");
+    assert!(ended(&mut daemon).success());
+}
+
+#[test]
+fn a_daemon_is_in_a_process_group_of_its_own() {
+    let (daemon, _socket) = shell("read x <&3");
+    let pid = Pid::from_child(&daemon.child);
+    assert_eq!(rustix::process::getpgid(Some(pid)), Ok(pid));
+}
+
+#[test]
+fn how_it_ended_is_said_in_words() {
+    let (mut daemon, _socket) = shell("exit 5");
+    assert_eq!(ended(&mut daemon).to_string(), "sh (disk0) ended with exit code 5");
+    let (mut daemon, mut socket) = shell("read x <&3; kill -9 $$");
+    assert_eq!(daemon.exit(), None);
+    socket.write_all(b"\n").unwrap();
+    assert_eq!(ended(&mut daemon).to_string(), "sh (disk0) was killed by signal 9");
+    assert_eq!(daemon.kill(), daemon.exit());
+}
+
+#[test]
+fn an_early_end_gives_the_machine_its_exit_code() {
+    for (script, code) in [
+        ("exit 2", ExitCode::Usage),
+        ("exit 3", ExitCode::Host),
+        ("exit 1", ExitCode::Device),
+        ("exit 0", ExitCode::Device),
+        ("kill -11 $$", ExitCode::Device),
+    ] {
+        let (daemon, _socket) = shell(script);
+        let failure = daemon.failure(Closed);
+        assert_eq!(failure.code, code, "{script}");
+        assert!(failure.to_string().starts_with("sh (disk0) "), "{failure}");
+    }
+    let (daemon, _socket) = shell("read x <&3");
+    let failure = daemon.failure(Closed);
+    assert_eq!((failure.code, failure.to_string()), (ExitCode::Device, Closed.to_string()));
+}
+
+#[test]
+fn a_dropped_daemon_is_gone() {
+    let (daemon, _socket) = shell("trap '' TERM; while :; do sleep 1; done");
+    let process = format!("/proc/{}", daemon.pid());
+    assert!(Path::new(&process).exists());
+    drop(daemon);
+    assert!(!Path::new(&process).exists());
+}
+
+#[test]
+fn a_daemon_ends_with_its_socket() {
+    let (mut daemon, socket) = shell("cat <&3 >/dev/null");
+    drop(socket);
+    assert!(ended(&mut daemon).success());
+}
+
+#[test]
+fn a_daemon_dies_with_the_thread_that_started_it() {
+    let (mut daemon, _socket) = thread::spawn(|| shell("while :; do sleep 1; done")).join().unwrap();
+    assert_eq!(ended(&mut daemon).to_string(), "sh (disk0) was killed by signal 9");
+}
+
+#[test]
+fn stopping_is_polite_first() {
+    let (polite, mut polite_socket) = shell("trap 'exit 0' TERM; echo >&3; while :; do read x <&3; done");
+    let (stubborn, mut stubborn_socket) = shell("trap '' TERM; echo >&3; while :; do read x <&3; done");
+    for socket in [&mut polite_socket, &mut stubborn_socket] {
+        socket.read_exact(&mut [0]).unwrap();
+    }
+    let exits = stop_all(vec![polite, stubborn], Duration::from_millis(200));
+    assert!(exits[0].success());
+    assert_eq!(exits[1].status.signal(), Some(9));
+}
+
+#[test]
+fn a_program_that_is_nowhere_is_named() {
+    let spec = DaemonSpec { program: "cleave-nothing".into(), device: "x".into(), args: Vec::new() };
+    let error = spawn(&spec).unwrap_err().to_string();
+    assert!(error.starts_with("cleave-nothing is neither beside cleave in /"), "{error}");
+}

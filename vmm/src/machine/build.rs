@@ -1,0 +1,166 @@
+//! From a plan to a machine that can run: KVM, memory, daemons, buses, vCPUs, in the order in which they can be
+//! refused.
+
+use std::sync::Arc;
+
+use super::buses::Buses;
+use super::connect::{connect_all, start_daemons};
+use super::event::{Event, EventQueue, EventSender, SlotIndex};
+use super::firmware;
+use super::signals::Signals;
+use super::{Machine, Phase};
+use crate::arch::x86_64::{cpuid, msr};
+use crate::bus;
+use crate::config::{self, MachineConfig, UartConfig};
+use crate::kvm::irq::{Gsi, Routes};
+use crate::kvm::vcpu::{VcpuConfig, VcpuHandle};
+use crate::kvm::{Kvm, Vm};
+use crate::legacy::line::Line;
+use crate::legacy::power::{self, KeyboardReset, PowerPorts};
+use crate::legacy::uart::{self, Uart};
+use crate::memory::{self, GuestRam, RamOptions};
+use crate::pci::Root;
+use crate::plan::{self, MachinePlan};
+use crate::vhost::{MemoryTable, Negotiated, Region};
+use crate::virtio::{Device, Parts};
+use cleave_common::exit::Failure;
+
+/// Descriptors in a queue, unless its driver asks for fewer.
+const QUEUE_SIZE: u16 = 256;
+
+/// Builds the machine that `config` asks for. `None` if somebody asked to stop before it could run.
+pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
+    let plan = plan::plan(config, cpuid::physical_address_bits()).map_err(Failure::usage)?;
+    let boot = firmware::prepare(config, &plan)?;
+    let queue = EventQueue::new().map_err(Failure::host)?;
+    let mut signals = Signals::catch().map_err(Failure::host)?;
+
+    let kvm = Kvm::open().map_err(Failure::host)?;
+    let ram = GuestRam::new(&ram_options(config), &plan.ram).map_err(Failure::host)?;
+    let vm = Vm::new(&kvm, Arc::new(ram)).map_err(Failure::host)?;
+
+    let (mut daemons, targets) = start_daemons(&plan.slots)?;
+    let Some(sessions) = connect_all(targets, &mut daemons, &queue, &mut signals)? else { return Ok(None) };
+
+    let buses = Buses::new();
+    let routes = Arc::new(Routes::new(vm.clone()).map_err(Failure::host)?);
+    let root = build_pci(&plan, &vm, &routes, sessions, &buses, &queue.sender())?;
+    let (uart, line) = build_uart(config, &routes, &buses, &queue)?;
+    let power_button = add_power(&routes, &buses, &queue.sender())?;
+    let vcpus = build_vcpus(config.cpus, &kvm, &vm, Arc::new(buses), &queue.sender())?;
+    Ok(Some(Machine {
+        phase: Phase::Running,
+        queue,
+        signals,
+        terminating: false,
+        vm,
+        vcpus,
+        root,
+        names: plan.slots.into_iter().map(|slot| slot.name).collect(),
+        uart,
+        line,
+        power_button,
+        boot,
+        daemons,
+    }))
+}
+
+fn ram_options(config: &MachineConfig) -> RamOptions {
+    let backing = match config.memory.backing {
+        config::Backing::Memfd => memory::Backing::Memfd,
+        config::Backing::Hugetlbfs => memory::Backing::Hugetlbfs,
+    };
+    let page_size = config.memory.page_size.map(|size| size.bytes());
+    RamOptions { backing, page_size, prefault: config.memory.prefault }
+}
+
+fn memory_table(vm: &Vm) -> Result<Arc<MemoryTable>, Failure> {
+    let file = vm.ram().file().try_clone().map_err(Failure::host)?;
+    let file = Arc::new(file.into());
+    let region = |region: memory::MappedRegion| Region {
+        start: region.gpa,
+        len: region.size,
+        file: Arc::clone(&file),
+        offset: region.file_offset,
+    };
+    MemoryTable::new(vm.ram().regions().map(region).collect()).map(Arc::new).map_err(Failure::usage)
+}
+
+fn build_pci(
+    plan: &MachinePlan,
+    vm: &Vm,
+    routes: &Arc<Routes>,
+    sessions: Vec<Negotiated>,
+    buses: &Buses,
+    events: &EventSender,
+) -> Result<Arc<Root>, Failure> {
+    let memory = memory_table(vm)?;
+    let root = Root::new(Arc::clone(&buses.mmio), plan.mmio64.base, plan.mmio64.size);
+    for (at, (slot, session)) in plan.slots.iter().zip(sessions).enumerate() {
+        let events = events.clone();
+        let parts = Parts {
+            name: slot.name.clone(),
+            device_type: slot.device_type,
+            queue_size: QUEUE_SIZE,
+            memory: Arc::clone(&memory),
+            interrupts: Arc::clone(routes) as _,
+            doorbells: Arc::new(vm.clone()),
+            events: Arc::new(move |event| events.send(Event::Device { slot: SlotIndex(at), event })),
+        };
+        let device = Device::new(parts, session).map_err(Failure::host)?;
+        root.add(slot.device_number, device).map_err(Failure::internal)?;
+    }
+    root.attach(&buses.pio, plan::ECAM.base).map_err(Failure::internal)?;
+    Ok(root)
+}
+
+fn build_uart(
+    config: &MachineConfig,
+    routes: &Routes,
+    buses: &Buses,
+    queue: &EventQueue,
+) -> Result<(Arc<Uart>, Line), Failure> {
+    let line = Line::open(&config.uart, queue.wake()).map_err(Failure::usage)?;
+    let interrupt = Arc::new(bus::Event::new().map_err(Failure::host)?);
+    let uart = Arc::new(Uart::new(Arc::clone(&interrupt), line.output(), Arc::clone(queue.wake())));
+    if config.uart != UartConfig::Off {
+        routes.irqfd(Gsi(uart::IRQ), interrupt.eventfd()).map_err(Failure::host)?;
+        let ports = Arc::clone(&uart) as _;
+        buses.pio.insert(uart::PORT.into(), uart::PORTS.into(), ports).map_err(Failure::internal)?;
+    }
+    Ok((uart, line))
+}
+
+/// Puts the power and reset ports on the bus; the event presses the power button.
+fn add_power(routes: &Routes, buses: &Buses, events: &EventSender) -> Result<Arc<bus::Event>, Failure> {
+    let ask = |events: EventSender| move |request| events.send(Event::Power(request));
+    let ports = Arc::new(PowerPorts(ask(events.clone())));
+    buses
+        .pio
+        .insert(power::SLEEP_CONTROL_PORT.into(), power::PORTS.into(), ports)
+        .map_err(Failure::internal)?;
+    let keyboard = Arc::new(KeyboardReset(ask(events.clone())));
+    buses.pio.insert(power::KEYBOARD_COMMAND_PORT.into(), 1, keyboard).map_err(Failure::internal)?;
+    let button = Arc::new(bus::Event::new().map_err(Failure::host)?);
+    routes.irqfd(Gsi(plan::POWER_BUTTON_GSI), button.eventfd()).map_err(Failure::host)?;
+    Ok(button)
+}
+
+fn build_vcpus(
+    count: u8,
+    kvm: &Kvm,
+    vm: &Vm,
+    buses: Arc<Buses>,
+    events: &EventSender,
+) -> Result<Vec<VcpuHandle>, Failure> {
+    let supported = kvm.supported_cpuid().map_err(Failure::host)?;
+    let processors = cpuid::Processors { count, tsc_deadline_timer: kvm.tsc_deadline_timer() };
+    let spawn = |index: u8| {
+        let cpuid = cpuid::for_vcpu(&supported, processors, index).map_err(Failure::host)?;
+        let config = VcpuConfig { cpuid, msrs: msr::initial() };
+        let events = events.clone();
+        let sink = Arc::new(move |index, event| events.send(Event::Vcpu { index, event }));
+        VcpuHandle::spawn(vm, index.into(), &config, Arc::clone(&buses), sink).map_err(Failure::host)
+    };
+    (0..count).map(spawn).collect()
+}

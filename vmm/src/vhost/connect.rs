@@ -1,0 +1,209 @@
+//! From a socket's path, or a socket, to a session whose features, queues and config space are known.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cleave_common::vhost_user::features::{protocol, virtio};
+use cleave_common::vhost_user::{Channel, Config, FrontendRequest, Message, Payload};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect as connect_socket, socket_with,
+};
+
+use super::wire::{Limit, Wire};
+use super::{ConnectError, MAX_CONFIG_LEN, MAX_QUEUES, SessionError};
+
+/// What the virtio-pci transport, the VMM and this session can do, besides the bits of the device type (0 to 23 and 50
+/// on). Left out on purpose: packed rings, an IOMMU in front of the device, ring reset, notification data.
+const UNDERSTOOD: u64 = DEVICE_BITS
+    | virtio::RING_INDIRECT_DESC
+    | virtio::RING_EVENT_IDX
+    | virtio::VERSION_1
+    | virtio::IN_ORDER
+    | virtio::ORDER_PLATFORM;
+const DEVICE_BITS: u64 = !(((1 << 26) - 1) << 24);
+
+const PROTOCOL_UNDERSTOOD: u64 =
+    protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::RESET_DEVICE;
+
+/// Pauses between two tries to connect: short at first, because a daemon of ours is up in milliseconds.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Where a daemon is.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// It listens there, or will within `wait`.
+    Path { path: PathBuf, wait: Duration },
+    /// It has the other end of this.
+    Socket(UnixStream),
+}
+
+/// Whom to talk to and how.
+#[derive(Debug)]
+pub struct Target {
+    /// For messages and the thread's name: "disk0".
+    pub device: String,
+    pub endpoint: Endpoint,
+    /// How many queues the device has, where the daemon does not say or does not know.
+    pub queues: Option<u16>,
+    /// See [`super::DEFAULT_DEADLINE`].
+    pub deadline: Duration,
+}
+
+/// What a daemon has to offer to a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// Features that the daemon offers and the VMM understands.
+    pub features: u64,
+    /// 1 to [`MAX_QUEUES`].
+    pub num_queues: u16,
+    /// Its whole config space; empty if it has none.
+    pub config: Vec<u8>,
+}
+
+/// A session after its handshake, with all rings stopped.
+#[derive(Debug)]
+pub struct Negotiated {
+    pub(super) wire: Wire,
+    pub(super) device: String,
+    pub(super) deadline: Duration,
+    /// The daemon understands VHOST_USER_F_PROTOCOL_FEATURES; its rings start disabled then.
+    pub(super) rings_start_disabled: bool,
+    offer: Offer,
+}
+
+impl Negotiated {
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+}
+
+/// Connects and shakes hands. With a path, the whole of it is tried again until `wait` is over; it blocks as long.
+///
+/// # Errors
+/// When nobody listens, or whoever does is no vhost-user daemon for a virtio 1.x device.
+pub fn connect(target: Target) -> Result<Negotiated, ConnectError> {
+    let Target { device, endpoint, queues, deadline } = target;
+    let result = match endpoint {
+        Endpoint::Socket(socket) => shake_hands(Channel::new(socket), queues, deadline),
+        Endpoint::Path { path, wait } => retry(Instant::now() + wait, || {
+            let socket = open(&path)?;
+            shake_hands(Channel::new(socket), queues, deadline)
+        }),
+    };
+    match result {
+        Ok((wire, rings_start_disabled, offer)) => {
+            tracing::debug!("device {device}: {offer:x?}");
+            Ok(Negotiated { wire, device, deadline, rings_start_disabled, offer })
+        }
+        Err(source) => Err(ConnectError { device, source }),
+    }
+}
+
+fn retry<T>(end: Instant, mut attempt: impl FnMut() -> Result<T, SessionError>) -> Result<T, SessionError> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match attempt() {
+            Err(error) if error.may_pass() && Instant::now() + pause < end => {
+                tracing::trace!("trying again in {pause:?}: {error}");
+                thread::sleep(pause);
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// A connect that does not wait: a daemon that serves somebody else may have a full backlog for ever.
+fn open(path: &Path) -> Result<UnixStream, SessionError> {
+    let connect = || -> Result<UnixStream, Errno> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect_socket(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(socket.into())
+    };
+    connect().map_err(|errno| {
+        let (path, source) = (path.to_owned(), io::Error::from(errno));
+        match errno {
+            Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN => SessionError::NobodyListens { path, source },
+            _ => SessionError::Connect { path, source },
+        }
+    })
+}
+
+type Handshake = (Wire, bool, Offer);
+
+fn shake_hands(channel: Channel, queues: Option<u16>, deadline: Duration) -> Result<Handshake, SessionError> {
+    let limit = Limit::new(deadline);
+    let mut wire = Wire::new(channel);
+    wire.tell(FrontendRequest::SetOwner, &(), &[], limit)?;
+    let features: u64 = wire.ask(FrontendRequest::GetFeatures, &(), limit)?;
+    if features & virtio::VERSION_1 == 0 {
+        return Err(SessionError::NoVersion1 { features });
+    }
+    let has_protocol_features = features & virtio::PROTOCOL_FEATURES != 0;
+    if has_protocol_features {
+        let offered: u64 = wire.ask(FrontendRequest::GetProtocolFeatures, &(), limit)?;
+        let accepted = offered & PROTOCOL_UNDERSTOOD;
+        wire.tell(FrontendRequest::SetProtocolFeatures, &accepted, &[], limit)?;
+        wire.negotiated(accepted);
+    }
+    let offer = Offer {
+        features: features & UNDERSTOOD,
+        num_queues: count_queues(&mut wire, queues, limit)?,
+        config: if wire.has(protocol::CONFIG) { read_config(&mut wire, limit)? } else { Vec::new() },
+    };
+    Ok((wire, has_protocol_features, offer))
+}
+
+/// What the user says wins: a network daemon may count pairs of queues, and one without MQ cannot say.
+fn count_queues(wire: &mut Wire, queues: Option<u16>, limit: Limit) -> Result<u16, SessionError> {
+    let count = match queues {
+        Some(count) => u64::from(count),
+        None if wire.has(protocol::MQ) => wire.ask(FrontendRequest::GetQueueNum, &(), limit)?,
+        None => 1,
+    };
+    match count {
+        0 => Err(SessionError::NoQueues),
+        count => Ok(u16::try_from(count).unwrap_or(MAX_QUEUES).min(MAX_QUEUES)),
+    }
+}
+
+/// The whole config space. The protocol has no way to ask for its length, and daemons answer a request for more than
+/// they have with all of it, with a part, or with an error: so the longest that works is searched for.
+fn read_config(wire: &mut Wire, limit: Limit) -> Result<Vec<u8>, SessionError> {
+    let mut longest = get_config(wire, MAX_CONFIG_LEN, limit)?;
+    let (mut works, mut fails) = (longest.len(), MAX_CONFIG_LEN);
+    if works == 0 {
+        while fails - works > 1 {
+            let len = works.midpoint(fails);
+            let config = get_config(wire, len, limit)?;
+            if config.is_empty() {
+                fails = len;
+            } else {
+                works = len;
+                longest = config;
+            }
+        }
+    }
+    Ok(longest)
+}
+
+/// The first `len` bytes of config space, fewer if the daemon has fewer, none if it refuses.
+pub(super) fn get_config(wire: &mut Wire, len: usize, limit: Limit) -> Result<Vec<u8>, SessionError> {
+    const REQUEST: FrontendRequest = FrontendRequest::GetConfig;
+    let asked = Config { offset: 0, flags: 0, data: vec![0; len] };
+    let answer: Message = wire.ask_raw(REQUEST, &asked, limit)?;
+    if answer.body.is_empty() {
+        return Ok(Vec::new());
+    }
+    let config = Config::decode(&answer.body)
+        .map_err(|source| SessionError::Malformed { request: REQUEST, source })?;
+    let mut data = config.data;
+    data.truncate(len);
+    Ok(data)
+}

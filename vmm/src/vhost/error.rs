@@ -1,0 +1,71 @@
+//! Why a session could not begin, or ended.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cleave_common::vhost_user::{ChannelError, FrontendRequest, Malformed};
+
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("no daemon listens on {}: start it, or wait longer for it with wait=", path.display())]
+    NobodyListens { path: PathBuf, source: io::Error },
+    #[error("cannot connect to {}", path.display())]
+    Connect { path: PathBuf, source: io::Error },
+    #[error("the daemon did not answer {request} within {}: it hangs, serves another frontend, or is no vhost-user daemon",
+        seconds(*limit))]
+    Timeout { request: FrontendRequest, limit: Duration },
+    #[error(
+        "the daemon closed the connection at {request}: it is no vhost-user daemon or refused us; its own messages say more"
+    )]
+    Closed { request: FrontendRequest },
+    #[error("the daemon closed the connection")]
+    HungUp,
+    #[error("the daemon refused {request} (answer {code})")]
+    Refused { request: FrontendRequest, code: u64 },
+    #[error("the daemon's answer to {request} makes no sense")]
+    Malformed { request: FrontendRequest, source: Malformed },
+    #[error("the daemon answered message {got} where {request} was asked: it does not speak vhost-user")]
+    WrongAnswer { request: FrontendRequest, got: u32 },
+    #[error("the daemon sent message {0}, which nobody asked for")]
+    Unasked(u32),
+    #[error("the daemon sent something that is no message")]
+    Garbage(#[source] Malformed),
+    #[error(
+        "the daemon offers no VIRTIO_F_VERSION_1 (its features are {features:#x}): only virtio 1.x devices can be attached"
+    )]
+    NoVersion1 { features: u64 },
+    #[error("the daemon says that it has no queue")]
+    NoQueues,
+    #[error("vhost-user socket")]
+    Io(#[from] io::Error),
+}
+
+impl SessionError {
+    /// From a channel's error while `request` was sent or answered.
+    pub(super) fn during(request: FrontendRequest, limit: Duration, error: ChannelError) -> Self {
+        match error {
+            ChannelError::Timeout => Self::Timeout { request, limit },
+            ChannelError::Disconnected => Self::Closed { request },
+            ChannelError::Malformed(source) => Self::Malformed { request, source },
+            ChannelError::Io(source) => Self::Io(source),
+        }
+    }
+
+    /// Whether another try may find a daemon that is up by then.
+    pub(super) fn may_pass(&self) -> bool {
+        matches!(self, Self::NobodyListens { .. } | Self::Timeout { .. } | Self::Closed { .. })
+    }
+}
+
+fn seconds(span: Duration) -> String {
+    format!("{} s", span.as_secs_f64())
+}
+
+/// A session that could not begin, and whose it was.
+#[derive(Debug, thiserror::Error)]
+#[error("device {device}: {source}")]
+pub struct ConnectError {
+    pub device: String,
+    pub source: SessionError,
+}

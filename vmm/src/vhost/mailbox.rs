@@ -1,0 +1,106 @@
+//! Notes to a session's thread. Leaving one never waits, and what a guest can leave is bounded: notes of one kind
+//! replace or undo each other, config writes have a limit.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::ring::Ring;
+use crate::bus::Event;
+
+/// Config writes that may wait for the daemon. A driver writes a handful and then goes on to something else.
+const MAX_CONFIG_WRITES: usize = 64;
+
+/// What a driver that set DRIVER_OK wants to run.
+#[derive(Debug)]
+pub struct Start {
+    /// Features the driver acknowledged.
+    pub features: u64,
+    pub rings: Vec<Ring>,
+}
+
+/// Bytes a driver wrote to config space.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct ConfigWrite {
+    pub(super) offset: u32,
+    pub(super) data: Vec<u8>,
+}
+
+/// What there is to do, in the order of the fields.
+#[derive(Debug, Default)]
+pub(super) struct Notes {
+    pub(super) quit: bool,
+    /// Stop the rings and reset the device.
+    pub(super) stop: bool,
+    pub(super) config_writes: VecDeque<ConfigWrite>,
+    pub(super) start: Option<Start>,
+    /// New call events, by queue.
+    pub(super) calls: BTreeMap<u8, Option<Arc<Event>>>,
+}
+
+/// The way to a session's thread.
+#[derive(Debug)]
+pub struct Mailbox {
+    notes: Mutex<Notes>,
+    pub(super) ready: Event,
+}
+
+impl Mailbox {
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self { notes: Mutex::default(), ready: Event::new()? }))
+    }
+
+    /// Asks for the rings to run. [`super::Observer::started`] or [`super::Observer::lost`] answers.
+    pub fn start(&self, start: Start) {
+        self.leave(|notes| notes.start = Some(start));
+    }
+
+    /// Asks for the rings to stop and the device to be as after power-on. [`super::Observer::stopped`] answers, by the
+    /// deadline in any case.
+    pub fn stop(&self) {
+        self.leave(|notes| {
+            notes.start = None;
+            notes.calls.clear();
+            notes.stop = true;
+        });
+    }
+
+    /// The daemon is to signal `call` for this queue from now on.
+    pub fn set_call(&self, queue: u8, call: Option<Arc<Event>>) {
+        self.leave(|notes| {
+            notes.calls.insert(queue, call);
+        });
+    }
+
+    /// Passes a driver's write to config space on; false if too many wait already.
+    pub fn write_config(&self, offset: u32, data: &[u8]) -> bool {
+        let mut room = false;
+        self.leave(|notes| {
+            room = notes.config_writes.len() < MAX_CONFIG_WRITES;
+            if room {
+                notes.config_writes.push_back(ConfigWrite { offset, data: data.to_vec() });
+            }
+        });
+        room
+    }
+
+    pub(super) fn quit(&self) {
+        self.leave(|notes| notes.quit = true);
+    }
+
+    pub(super) fn take(&self) -> Notes {
+        self.ready.clear();
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn leave(&self, note: impl FnOnce(&mut Notes)) {
+        note(&mut self.lock());
+        self.ready.signal();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

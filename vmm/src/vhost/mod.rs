@@ -1,0 +1,41 @@
+//! The vhost-user frontend: one session a device, each with a thread that owns the socket.
+//!
+//! ```text
+//!   connect()        Negotiated::spawn()               Mailbox::start()
+//!   ────────> Negotiated ─────────> session thread: Negotiated ⇄ Running
+//!                                                       Mailbox::stop()
+//!                                        any error, deadline or hang-up: Lost, with its reason
+//! ```
+//!
+//! Invariants: only the session's thread touches the socket; whoever uses the device leaves a note in its mailbox and
+//! never waits; every exchange ends by a deadline; addresses on the wire are never ours, see [`MemoryTable`].
+
+mod connect;
+mod error;
+mod mailbox;
+mod memory;
+mod ring;
+mod session;
+mod wire;
+
+pub use connect::{Endpoint, Negotiated, Offer, Target, connect};
+pub use error::{ConnectError, SessionError};
+pub use mailbox::{Mailbox, Start};
+pub use memory::{MemoryTable, Region, TableError};
+pub use ring::{Ring, RingAddresses, RingError};
+pub use session::{Observer, SessionThread};
+
+use std::time::Duration;
+
+/// Time for a whole handshake, a start, a stop or a config write, unless the target says otherwise. A stop waits until
+/// the daemon has drained what is in flight.
+pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Most virtqueues of one device: a vring's index has 8 bits in SET_VRING_KICK and SET_VRING_CALL.
+pub const MAX_QUEUES: u16 = 256;
+
+/// Longest config space asked for (vhost-user, VHOST_USER_MAX_CONFIG_SIZE).
+pub const MAX_CONFIG_LEN: usize = 256;
+
+#[cfg(test)]
+mod tests;
