@@ -1,8 +1,10 @@
-//! Daemons that misbehave: each speaks vhost-user as far as it is told and then shows one fault.
+//! Daemons that are not ours: published ones, and ones that misbehave. The latter speak vhost-user as far as they
+//! are told and then show one fault.
 
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -10,7 +12,24 @@ use std::time::Duration;
 use cleave_common::vhost_user::features::{protocol, virtio};
 use cleave_common::vhost_user::{Channel, Config, FrontendRequest, Message, VringState};
 
-use crate::error::{Context, Result};
+use crate::cache::{self, Cache};
+use crate::error::{Context, Result, run};
+
+const RNG_DAEMON: &str = "vhost-device-rng@0.1.0";
+
+/// The program of the published crate vhost-device-rng, a random number generator in a daemon.
+pub fn rng_daemon(cache: &Cache) -> Result<PathBuf> {
+    let place = cache.entry("vhost-device-rng", &cache::key(&[RNG_DAEMON, "1"]), |place| {
+        eprintln!("lab: building {RNG_DAEMON} (half a minute)");
+        let mut command = Command::new("cargo");
+        command.args(["install", "--locked", "--quiet", RNG_DAEMON, "--root"]).arg(place);
+        // Away from the workspace, whose build settings are not this crate's.
+        command.arg("--target-dir").arg(place.join("build")).current_dir("/");
+        run(&mut command, "rustup")?;
+        std::fs::remove_dir_all(place.join("build")).context(|| "remove the build of vhost-device-rng")
+    })?;
+    Ok(place.join("bin/vhost-device-rng"))
+}
 
 /// What a daemon does wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

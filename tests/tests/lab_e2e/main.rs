@@ -1,1 +1,100 @@
-fn main() {}
+//! Guests booted by `cleave`, end to end: stock kernels, real daemons, in the lab.
+//!
+//! All cases share one lab machine: this program starts itself again there, and the cases run one after the
+//! other. Arguments are those of any Rust test: a filter, `--list`, `--exact`, `--skip`.
+
+mod boots;
+mod daemons;
+mod debian;
+mod disks;
+mod refusals;
+mod rig;
+mod uarts;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use cleave_common::size::ByteSize;
+use cleave_tests::cache::Cache;
+use cleave_tests::error::{Error, Result};
+use cleave_tests::guest::{self, Debian};
+use cleave_tests::kernel::Kernel;
+use cleave_tests::lab::{Disk, Job, Lab, binaries};
+use cleave_tests::peers;
+use cleave_tests::vm::Outcome;
+use libtest_mimic::{Arguments, Trial};
+
+use rig::Rig;
+
+/// Set in the copy of this program that runs in the lab.
+const INSIDE: &str = "CLEAVE_E2E_INSIDE";
+
+type Case = (&'static str, fn(&Rig) -> Outcome<()>);
+
+fn cases() -> Vec<Case> {
+    [boots::CASES, disks::CASES, daemons::CASES, uarts::CASES, debian::CASES, refusals::CASES].concat()
+}
+
+fn trials() -> Vec<Trial> {
+    cases()
+        .into_iter()
+        .map(|(name, case)| {
+            Trial::test(name, move || {
+                let rig = Rig::open().map_err(|error| error.to_string())?;
+                Ok(case(&rig)?)
+            })
+        })
+        .collect()
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    if std::env::var_os(INSIDE).is_some() || arguments.list {
+        // Cases share disks and count processes.
+        arguments.test_threads = Some(1);
+        return libtest_mimic::run(&arguments, trials()).exit_code();
+    }
+    match in_the_lab() {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Makes what the cases need, then runs this program again in the lab.
+fn in_the_lab() -> Result<i32> {
+    let Some(bin) = binaries() else {
+        return Err(Error::Refused(
+            "cleave is not built: cargo build --release --workspace, and CLEAVE_BIN_DIR=target/.../release"
+                .into(),
+        ));
+    };
+    let cache = Cache::open()?;
+    Kernel::of_guests(&cache)?.vmlinux(&cache)?;
+    guest::initramfs(&cache)?;
+    peers::rng_daemon(&cache)?;
+    let debian = Debian::open(&cache)?;
+    let this = std::env::current_exe()
+        .map_err(|source| Error::Io { what: "find this program".to_owned(), source })?;
+
+    let mut job = Job::new(std::iter::once(this.into_os_string()).chain(std::env::args_os().skip(1)));
+    job.environment = vec![
+        (INSIDE.to_owned(), "1".into()),
+        ("CLEAVE_BIN_DIR".to_owned(), bin.into()),
+        ("CLEAVE_LAB_DIR".to_owned(), cache.root().into()),
+    ];
+    job.time_limit = Duration::from_secs(1500);
+    job.memory = ByteSize(6 << 30);
+    job.huge_pages = rig::HUGE_PAGES;
+    job.disks = vec![Disk { path: debian.disk, persistent: false }];
+    job.follow = true;
+    let lab = Lab::open(&cache)?;
+    eprintln!("lab: running on {:?}: {}", lab.place(), lab.why());
+    let outcome = lab.run(&job, lab.directory()?)?;
+    if outcome.code != 0 {
+        eprintln!("lab: the run is kept in {}", outcome.directory.path().display());
+    }
+    Ok(outcome.code)
+}
