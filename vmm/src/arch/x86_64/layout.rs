@@ -7,7 +7,8 @@
 //!   0x09000  page tables, identity map of 4 GiB   (to 0x0f000)
 //!   0x20000  kernel command line                  (to 0x30000)
 //!   0x9fc00  end of conventional memory
-//!   0xe0000  ACPI tables, RSDP first              (to 0x100000)
+//!   0xe0000  ACPI tables, RSDP first              (to 0xffff0)
+//!   0xffff0  reset vector: what a guest in real mode jumps to
 //! ```
 
 pub(super) const GDT: u64 = 0x500;
@@ -29,7 +30,9 @@ pub(super) const HIGH_MEMORY: u64 = 0x10_0000;
 /// The RSDP, and the other ACPI tables after it.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// Bytes for all ACPI tables.
-pub const ACPI_ROOM: u64 = HIGH_MEMORY - ACPI_TABLES;
+pub const ACPI_ROOM: u64 = RESET_VECTOR - ACPI_TABLES;
+/// Where a PC's firmware starts, in real mode as f000:fff0.
+pub(super) const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// Fixed by the in-kernel interrupt controllers.
 pub(super) const IOAPIC: u32 = 0xfec0_0000;

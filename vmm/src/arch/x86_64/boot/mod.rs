@@ -16,7 +16,9 @@ use std::os::unix::fs::FileExt;
 use cleave_common::size::ByteSize;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use super::layout::{ACPI_ROOM, ACPI_TABLES, COMMAND_LINE, COMMAND_LINE_ROOM, CONVENTIONAL_END, HIGH_MEMORY};
+use super::layout::{
+    ACPI_TABLES, COMMAND_LINE, COMMAND_LINE_ROOM, CONVENTIONAL_END, HIGH_MEMORY, RESET_VECTOR,
+};
 use crate::kvm::vcpu::EntryState;
 use crate::memory::{GuestMemory, GuestRam};
 
@@ -28,8 +30,21 @@ pub struct Boot {
     pub command_line: String,
     /// The image that [`super::acpi::build`] made for [`ACPI_TABLES`].
     pub acpi_tables: Vec<u8>,
+    /// From [`reset_vector`].
+    pub reset_vector: [u8; 16],
     /// Guest-physical ranges, outside RAM, that the guest must leave alone: ECAM.
     pub reserved: Vec<Range<u64>>,
+}
+
+/// What a guest finds where a PC's firmware starts: `out port, value`, then `hlt` for ever, in 16-bit code. On a
+/// hardware-reduced platform Linux resets through EFI or else, in real mode, through here; not through the FADT.
+pub fn reset_vector(port: u16, value: u8) -> [u8; 16] {
+    let [low, high] = port.to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+    let code = [0xba, low, high, 0xb0, value, 0xee, 0xf4, 0xeb, 0xfd];
+    let mut bytes = [0; 16];
+    bytes[..code.len()].copy_from_slice(&code);
+    bytes
 }
 
 impl Boot {
@@ -38,6 +53,7 @@ impl Boot {
     pub fn load(&self, ram: &GuestRam) -> Result<EntryState, BootError> {
         let memory = ram.memory();
         memory.write_slice(&self.acpi_tables, GuestAddress(ACPI_TABLES))?;
+        memory.write_slice(&self.reset_vector, GuestAddress(RESET_VECTOR))?;
         match Format::of(&self.kernel)? {
             Format::Elf => elf::load(memory, self),
             Format::BzImage => bzimage::load(memory, self),
@@ -217,7 +233,7 @@ enum Kind {
 fn memory_map(memory: &GuestMemory, reserved: &[Range<u64>]) -> Vec<(Range<u64>, Kind)> {
     let mut map = vec![
         (0..CONVENTIONAL_END, Kind::Ram),
-        (ACPI_TABLES..ACPI_TABLES + ACPI_ROOM, Kind::AcpiTables),
+        (ACPI_TABLES..HIGH_MEMORY, Kind::AcpiTables),
         (HIGH_MEMORY..low_ram_end(memory), Kind::Ram),
     ];
     let high = memory.iter().filter(|region| region.start_addr().0 != 0);

@@ -22,6 +22,7 @@ fn boot(size: u64, kernel: &[u8], initrd: Option<&[u8]>, line: &str) -> Result<E
         initrd: initrd.map(file),
         command_line: line.to_owned(),
         acpi_tables: b"RSD PTR ".to_vec(),
+        reset_vector: reset_vector(0x602, 1),
         reserved: Vec::new(),
     };
     boot.load(&ram(size)).map_err(|error| error.to_string())
@@ -77,13 +78,15 @@ fn a_bzimage_starts_in_long_mode_at_its_64_bit_entry() {
         initrd: Some(file(&[0x55; 5000])),
         command_line: "quiet".to_owned(),
         acpi_tables: b"RSD PTR ".to_vec(),
-        reserved: vec![0xe000_0000..0xe010_0000],
+        reset_vector: reset_vector(0x602, 1),
+        reserved: std::iter::once(0xe000_0000..0xe010_0000).collect(),
     };
     let entry = boot.load(&ram).unwrap();
     assert_eq!((entry.regs.rip, entry.regs.rsi), (16 * MIB + 0x200, 0x7000));
     assert_eq!(entry.sregs.cs.l, 1);
     let at = |gpa: u64| ram.memory().read_obj::<u32>(GuestAddress(gpa)).unwrap();
     assert_eq!(at(16 * MIB), 0xcccc_cccc);
+    assert_eq!(at(0xf_fff0), 0xb006_02ba);
     assert_eq!(at(ACPI_TABLES), u32::from_le_bytes(*b"RSD "));
     assert_eq!(at(0x7000 + 0x218), 64 * MIB as u32 - 8192, "initrd at the top");
     assert_eq!(at(64 * MIB - 8192), 0x5555_5555);
