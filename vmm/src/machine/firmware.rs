@@ -21,8 +21,9 @@ pub fn prepare(config: &MachineConfig, plan: &MachinePlan) -> Result<Boot, Failu
     let initrd = config.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
     let input = acpi_input(config, plan);
     let acpi_tables = acpi::build(&input, ACPI_TABLES).map_err(Failure::internal)?;
+    let reset_vector = boot::reset_vector(power::RESET_PORT, power::RESET_VALUE);
     let reserved = vec![input.ecam.range()];
-    Ok(Boot { kernel, initrd, command_line: config.append.clone(), acpi_tables, reserved })
+    Ok(Boot { kernel, initrd, command_line: config.append.clone(), acpi_tables, reset_vector, reserved })
 }
 
 fn open(option: &str, path: &Path) -> Result<File, Failure> {

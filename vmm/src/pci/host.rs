@@ -4,11 +4,9 @@
 
 use std::io;
 
-use kvm_ioctls::IoEventAddress;
-
 use crate::bus::Event;
-use crate::kvm::Vm;
 use crate::kvm::irq::{Gsi, MsiMessage, Routes};
+use crate::kvm::{IoEventAddress, Vm};
 
 /// The interrupt controller's side of MSI-X.
 pub trait Interrupts: Send + Sync {
