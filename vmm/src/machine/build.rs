@@ -21,7 +21,7 @@ use crate::legacy::uart::{self, Uart};
 use crate::memory::{self, GuestRam, RamOptions};
 use crate::pci::Root;
 use crate::plan::{self, MachinePlan};
-use crate::vhost::{MemoryTable, Negotiated, Region};
+use crate::vhost::{MemoryTable, Negotiated};
 use crate::virtio::{Device, Parts};
 use cleave_common::exit::Failure;
 
@@ -74,18 +74,6 @@ fn ram_options(config: &MachineConfig) -> RamOptions {
     RamOptions { backing, page_size, prefault: config.memory.prefault }
 }
 
-fn memory_table(vm: &Vm) -> Result<Arc<MemoryTable>, Failure> {
-    let file = vm.ram().file().try_clone().map_err(Failure::host)?;
-    let file = Arc::new(file.into());
-    let region = |region: memory::MappedRegion| Region {
-        start: region.gpa,
-        len: region.size,
-        file: Arc::clone(&file),
-        offset: region.file_offset,
-    };
-    MemoryTable::new(vm.ram().regions().map(region).collect()).map(Arc::new).map_err(Failure::usage)
-}
-
 fn build_pci(
     plan: &MachinePlan,
     vm: &Vm,
@@ -94,8 +82,8 @@ fn build_pci(
     buses: &Buses,
     events: &EventSender,
 ) -> Result<Arc<Root>, Failure> {
-    let memory = memory_table(vm)?;
-    let root = Root::new(Arc::clone(&buses.mmio), plan.mmio64.base, plan.mmio64.size);
+    let memory = Arc::new(MemoryTable::of(vm.ram()).map_err(Failure::host)?);
+    let root = Root::new(&buses.mmio, plan.mmio64.base, plan.mmio64.size);
     for (at, (slot, session)) in plan.slots.iter().zip(sessions).enumerate() {
         let events = events.clone();
         let parts = Parts {
@@ -110,7 +98,7 @@ fn build_pci(
         let device = Device::new(parts, session).map_err(Failure::host)?;
         root.add(slot.device_number, device).map_err(Failure::internal)?;
     }
-    root.attach(&buses.pio, plan::ECAM.base).map_err(Failure::internal)?;
+    root.attach(&buses.pio, &buses.mmio, plan::ECAM.base).map_err(Failure::internal)?;
     Ok(root)
 }
 
