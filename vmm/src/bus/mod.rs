@@ -34,10 +34,6 @@ impl Range {
         Some(Self { start, last })
     }
 
-    pub const fn start(self) -> u64 {
-        self.start
-    }
-
     const fn overlaps(self, other: Self) -> bool {
         self.start <= other.last && other.start <= self.last
     }

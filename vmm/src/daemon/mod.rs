@@ -162,10 +162,6 @@ impl Daemon {
         &self.device
     }
 
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// How it ended, if it has; never waits. Ask when the pidfd is readable.
     pub fn exit(&mut self) -> Option<DaemonExit> {
         if self.status.is_none() {

@@ -82,8 +82,8 @@ fn build_pci(
     buses: &Buses,
     events: &EventSender,
 ) -> Result<Arc<Root>, Failure> {
-    let memory = Arc::new(MemoryTable::of(vm.ram()).map_err(Failure::usage)?);
-    let root = Root::new(Arc::clone(&buses.mmio), plan.mmio64.base, plan.mmio64.size);
+    let memory = Arc::new(MemoryTable::of(vm.ram()).map_err(Failure::host)?);
+    let root = Root::new(&buses.mmio, plan.mmio64.base, plan.mmio64.size);
     for (at, (slot, session)) in plan.slots.iter().zip(sessions).enumerate() {
         let events = events.clone();
         let parts = Parts {
@@ -98,7 +98,7 @@ fn build_pci(
         let device = Device::new(parts, session).map_err(Failure::host)?;
         root.add(slot.device_number, device).map_err(Failure::internal)?;
     }
-    root.attach(&buses.pio, plan::ECAM.base).map_err(Failure::internal)?;
+    root.attach(&buses.pio, &buses.mmio, plan::ECAM.base).map_err(Failure::internal)?;
     Ok(root)
 }
 

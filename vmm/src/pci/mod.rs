@@ -5,11 +5,11 @@ mod host;
 pub mod msix;
 mod root;
 
-pub use config::{CONFIG_SPACE_LEN, ConfigSpace, Identity};
+pub use config::{ConfigSpace, Identity};
 #[cfg(test)]
 pub use host::fake;
 pub use host::{Doorbells, Interrupts};
-pub use root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN, PciError, ResetToken, Root};
+pub use root::{ResetToken, Root};
 
 /// One function as its device sees it. The root owns its configuration space and tells the device what happens
 /// there; vCPU threads call it at the same time.

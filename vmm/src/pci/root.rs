@@ -9,9 +9,8 @@
 //! Invariants: a BAR is on the MMIO bus exactly where its registers decode, or nowhere if those addresses are
 //! another's; the device is told of each change before the guest's write ends.
 
-use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::PciDevice;
 use super::config::{ConfigSpace, Identity};
@@ -48,8 +47,6 @@ pub enum PciError {
     WindowFull { slot: u8, needed: u64 },
     #[error(transparent)]
     Bus(#[from] BusError),
-    #[error("PCI device in slot {slot}")]
-    Device { slot: u8, source: io::Error },
 }
 
 /// Held by every device that is still on its way to the state after power-on; when the last is dropped, the reset
@@ -77,7 +74,8 @@ impl Drop for OnLast {
 
 /// Bus 0 and what is on it.
 pub struct Root {
-    mmio: Arc<Bus>,
+    /// Not owned: the bus owns us, through ECAM.
+    mmio: Weak<Bus>,
     slots: [OnceLock<Arc<Function>>; SLOTS],
     window: Mutex<Window>,
     config_address: AtomicU32,
@@ -86,10 +84,10 @@ pub struct Root {
 impl Root {
     /// A root bus with its host bridge. BARs get addresses from the `window_len` bytes at `window_start`, which are
     /// on `mmio` and above all RAM.
-    pub fn new(mmio: Arc<Bus>, window_start: u64, window_len: u64) -> Arc<Self> {
+    pub fn new(mmio: &Arc<Bus>, window_start: u64, window_len: u64) -> Arc<Self> {
         let window = Window { next: window_start, end: window_start.saturating_add(window_len) };
         let root = Self {
-            mmio,
+            mmio: Arc::downgrade(mmio),
             slots: Default::default(),
             window: Mutex::new(window),
             config_address: AtomicU32::new(0),
@@ -118,9 +116,9 @@ impl Root {
     ///
     /// # Errors
     /// When something else is there.
-    pub fn attach(self: &Arc<Self>, pio: &Bus, ecam: u64) -> Result<(), PciError> {
+    pub fn attach(self: &Arc<Self>, pio: &Bus, mmio: &Bus, ecam: u64) -> Result<(), PciError> {
         pio.insert(CONFIG_PORTS, CONFIG_PORTS_LEN, Arc::new(ConfigPorts(Arc::clone(self))))?;
-        self.mmio.insert(ecam, ECAM_LEN, Arc::new(Ecam(Arc::clone(self))))?;
+        mmio.insert(ecam, ECAM_LEN, Arc::new(Ecam(Arc::clone(self))))?;
         Ok(())
     }
 
@@ -130,7 +128,7 @@ impl Root {
         let token = ResetToken::new(complete);
         self.config_address.store(0, Ordering::Relaxed);
         for function in self.slots.iter().filter_map(OnceLock::get) {
-            function.reset(&self.mmio, &token);
+            function.reset(self.mmio.upgrade().as_deref(), &token);
         }
     }
 
@@ -143,7 +141,7 @@ impl Root {
 
     fn write(&self, at: Location, data: &[u8]) {
         if let Some(function) = self.function(at) {
-            Function::write(function, &self.mmio, at.register, data);
+            function.write(self.mmio.upgrade().as_deref(), at.register, data);
         }
     }
 
@@ -270,21 +268,23 @@ impl Function {
         state.config.read(register, data);
     }
 
-    fn write(self: &Arc<Self>, mmio: &Bus, register: usize, data: &[u8]) {
+    fn write(self: &Arc<Self>, mmio: Option<&Bus>, register: usize, data: &[u8]) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.config.write(register, data);
         self.device.after_config_write(&mut state.config, register, data.len());
         self.remap(mmio, &mut state);
     }
 
-    fn reset(self: &Arc<Self>, mmio: &Bus, token: &ResetToken) {
+    fn reset(self: &Arc<Self>, mmio: Option<&Bus>, token: &ResetToken) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.config = self.initial.clone();
         self.remap(mmio, &mut state);
         self.device.reset(token.clone());
     }
 
-    fn remap(self: &Arc<Self>, mmio: &Bus, state: &mut FunctionState) {
+    fn remap(self: &Arc<Self>, mmio: Option<&Bus>, state: &mut FunctionState) {
+        // Without a bus the machine is on its way out.
+        let Some(mmio) = mmio else { return };
         let FunctionState { config, mapped } = state;
         for (index, place) in mapped.iter_mut() {
             let wanted = config.decoded(*index);

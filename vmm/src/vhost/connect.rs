@@ -48,7 +48,7 @@ pub struct Target {
     /// For messages and the thread's name: "disk0".
     pub device: String,
     pub endpoint: Endpoint,
-    /// How many queues the device has, where the daemon does not say or does not know.
+    /// How many queues the device has, for a daemon that cannot say (no VHOST_USER_PROTOCOL_F_MQ); 1 if absent.
     pub queues: Option<u16>,
     /// See [`super::DEFAULT_DEADLINE`].
     pub deadline: Duration,
@@ -160,12 +160,13 @@ fn shake_hands(channel: Channel, queues: Option<u16>, deadline: Duration) -> Res
     Ok((wire, has_protocol_features, offer))
 }
 
-/// What the user says wins: a network daemon may count pairs of queues, and one without MQ cannot say.
+/// A daemon without MQ cannot say how many queues it has, and the VMM knows no device type that would tell: then it is
+/// as many as the user says, or one.
 fn count_queues(wire: &mut Wire, queues: Option<u16>, limit: Limit) -> Result<u16, SessionError> {
-    let count = match queues {
-        Some(count) => u64::from(count),
-        None if wire.has(protocol::MQ) => wire.ask(FrontendRequest::GetQueueNum, &(), limit)?,
-        None => 1,
+    let count = if wire.has(protocol::MQ) {
+        wire.ask(FrontendRequest::GetQueueNum, &(), limit)?
+    } else {
+        u64::from(queues.unwrap_or(1))
     };
     match count {
         0 => Err(SessionError::NoQueues),

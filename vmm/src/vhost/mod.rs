@@ -12,16 +12,20 @@
 
 mod connect;
 mod error;
+#[cfg(test)]
+pub(crate) mod fake;
 mod mailbox;
 mod memory;
 mod ring;
 mod session;
 mod wire;
 
-pub use connect::{Endpoint, Negotiated, Offer, Target, connect};
+pub use connect::{Endpoint, Negotiated, Target, connect};
 pub use error::{ConnectError, SessionError};
 pub use mailbox::{Mailbox, Start};
-pub use memory::{MemoryTable, Region, TableError};
+pub use memory::MemoryTable;
+#[cfg(test)]
+pub use memory::Region;
 pub use ring::{Ring, RingAddresses, RingError};
 pub use session::{Observer, SessionThread};
 

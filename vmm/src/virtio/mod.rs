@@ -5,4 +5,4 @@ mod device;
 mod layout;
 mod registers;
 
-pub use device::{Device, DeviceEvent, EventSink, Parts};
+pub use device::{Device, DeviceEvent, Parts};

@@ -52,10 +52,10 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let (pio, mmio) = (Bus::new(), Arc::new(Bus::new()));
-    let root = Root::new(Arc::clone(&mmio), WINDOW, 1 << 30);
+    let root = Root::new(&mmio, WINDOW, 1 << 30);
     let device = Arc::new(Device::default());
     root.add(3, Arc::clone(&device) as _).unwrap();
-    root.attach(&pio, ECAM).unwrap();
+    root.attach(&pio, &mmio, ECAM).unwrap();
     Fixture { pio, mmio, root, device }
 }
 
@@ -192,7 +192,7 @@ fn slots_and_window_are_bounded() {
     assert!(matches!(f.root.add(3, new()), Err(PciError::SlotTaken(3))));
     assert!(matches!(f.root.add(0, new()), Err(PciError::NoSlot(0))));
     assert!(matches!(f.root.add(32, new()), Err(PciError::NoSlot(32))));
-    let small = Root::new(Arc::new(Bus::new()), 0x1000, SIZE);
+    let small = Root::new(&Arc::new(Bus::new()), 0x1000, SIZE);
     assert!(matches!(small.add(1, new()), Err(PciError::WindowFull { slot: 1, .. })));
 }
 
