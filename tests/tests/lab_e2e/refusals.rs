@@ -99,7 +99,10 @@ fn locked_disk(rig: &Rig) -> Outcome<()> {
 }
 
 fn too_much_memory(rig: &Rig) -> Outcome<()> {
-    refused(rig.shell().with(["--memory", "4T"]).command(), HOST, &["4T"])
+    let meminfo = std::fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+    let kib: u64 = meminfo.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).ok_or("no MemTotal")?;
+    let twice = format!("{}M", kib / 512);
+    refused(rig.shell().with(["--memory", &twice]).command(), HOST, &["memory"])
 }
 
 fn too_few_huge_pages(rig: &Rig) -> Outcome<()> {
@@ -138,22 +141,22 @@ fn no_socket(rig: &Rig) -> Outcome<()> {
 fn faulty(rig: &Rig, fault: Fault, words: &[&str]) -> Outcome<()> {
     let socket = rig.path("faulty.sock");
     let _daemon = FaultyDaemon::listen(&socket, fault).map_err(|error| error.to_string())?;
-    let device = format!("type=rng,socket={},wait=1s", socket.display());
+    let device = format!("type=rng,socket={},wait=1s,id=faulty-rng", socket.display());
     refused(rig.shell().with(["--device", &device]).command(), DEVICE, words)
 }
 
 fn no_version_1(rig: &Rig) -> Outcome<()> {
-    faulty(rig, Fault::NoVersion1, &["faulty.sock", "VERSION_1"])
+    faulty(rig, Fault::NoVersion1, &["faulty-rng", "VERSION_1"])
 }
 
 fn garbage(rig: &Rig) -> Outcome<()> {
-    faulty(rig, Fault::Garbage, &["faulty.sock"])
+    faulty(rig, Fault::Garbage, &["faulty-rng"])
 }
 
 fn nothing(rig: &Rig) -> Outcome<()> {
-    faulty(rig, Fault::NeverAnswers, &["faulty.sock"])
+    faulty(rig, Fault::NeverAnswers, &["faulty-rng"])
 }
 
 fn hangs_up(rig: &Rig) -> Outcome<()> {
-    faulty(rig, Fault::HangsUp, &["faulty.sock"])
+    faulty(rig, Fault::HangsUp, &["faulty-rng"])
 }
