@@ -29,8 +29,6 @@ use vm_memory::{
 
 pub(crate) use host::{HugePages, memory_available, memory_total};
 
-/// Bytes of an ordinary page.
-
 /// The mapped regions, as loaders and devices address them: by guest-physical address.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
