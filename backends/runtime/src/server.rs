@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use tracing::{debug, info, warn};
 
 use crate::device::Device;
+use crate::footprint;
 use crate::session::Session;
 use crate::signals::Termination;
 use crate::socket::{Endpoint, Listener};
@@ -34,6 +35,7 @@ enum Event {
 /// # Errors
 /// The host failed us: waiting or accepting does not work.
 pub fn run(device: &mut dyn Device, endpoint: Endpoint, termination: &Termination) -> Result<(), Failure> {
+    footprint::drop_startup_code();
     match endpoint {
         Endpoint::Connected(stream) => serve(device, stream, None, termination).map(|_| ()),
         Endpoint::Listening(listener) => serve_all(device, &listener, termination),
