@@ -2,6 +2,7 @@
 
 mod arch;
 mod bus;
+mod check;
 mod cli;
 mod config;
 mod daemon;
@@ -24,7 +25,7 @@ fn main() -> std::process::ExitCode {
     logging::init();
     let result = match Cli::parse().command {
         Command::Run(arguments) => run(*arguments),
-        Command::Check { json: _ } => todo!(),
+        Command::Check { json } => return check::run(json).into(),
     };
     match result {
         Ok(()) => ExitCode::Success.into(),

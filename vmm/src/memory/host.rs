@@ -8,8 +8,13 @@ use super::MemoryError;
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
 /// Bytes of the host's RAM.
-pub(super) fn memory_total() -> Result<u64, MemoryError> {
+pub(crate) fn memory_total() -> Result<u64, MemoryError> {
     meminfo("MemTotal")
+}
+
+/// Bytes that can be had without swapping.
+pub(crate) fn memory_available() -> Result<u64, MemoryError> {
+    meminfo("MemAvailable")
 }
 
 /// A field of /proc/meminfo, in bytes.

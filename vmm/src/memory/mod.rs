@@ -27,7 +27,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
-use host::HugePages;
+pub(crate) use host::{HugePages, memory_available, memory_total};
 
 /// Bytes of an ordinary page.
 const PAGE: u64 = 4096;
@@ -122,7 +122,7 @@ impl GuestRam {
     /// huge pages are reserved.
     pub fn new(options: &RamOptions, regions: &[RamRegion]) -> Result<Self, MemoryError> {
         let size = file_size(regions)?;
-        let host = host::memory_total()?;
+        let host = memory_total()?;
         if size > host {
             return Err(MemoryError::MoreThanHost(size, host));
         }

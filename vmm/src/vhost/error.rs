@@ -12,12 +12,9 @@ pub enum SessionError {
     NobodyListens { path: PathBuf, source: io::Error },
     #[error("cannot connect to {}", path.display())]
     Connect { path: PathBuf, source: io::Error },
-    #[error("the daemon did not answer {request} within {}: it hangs, serves another frontend, or is no vhost-user daemon",
-        seconds(*limit))]
+    #[error("the daemon did not answer {request} within {} s{}", limit.as_secs_f64(), who_hangs(*request))]
     Timeout { request: FrontendRequest, limit: Duration },
-    #[error(
-        "the daemon closed the connection at {request}: it is no vhost-user daemon or refused us; its own messages say more"
-    )]
+    #[error("the daemon closed the connection at {request}{}", who_closes(*request))]
     Closed { request: FrontendRequest },
     #[error("the daemon closed the connection")]
     HungUp,
@@ -58,8 +55,22 @@ impl SessionError {
     }
 }
 
-fn seconds(span: Duration) -> String {
-    format!("{} s", span.as_secs_f64())
+/// A daemon that understood the first requests is one; before that it may be anything.
+fn is_first_contact(request: FrontendRequest) -> bool {
+    use FrontendRequest::{GetFeatures, GetProtocolFeatures, SetOwner};
+    matches!(request, SetOwner | GetFeatures | GetProtocolFeatures)
+}
+
+fn who_hangs(request: FrontendRequest) -> &'static str {
+    if is_first_contact(request) {
+        ": it hangs, serves another frontend, or is no vhost-user daemon"
+    } else {
+        ""
+    }
+}
+
+fn who_closes(request: FrontendRequest) -> &'static str {
+    if is_first_contact(request) { ": it is no vhost-user daemon, or it serves another frontend" } else { "" }
 }
 
 /// A session that could not begin, and whose it was.

@@ -7,4 +7,4 @@ pub mod boot;
 pub mod cpuid;
 pub mod layout;
 pub mod msr;
-mod regs;
+pub(crate) mod regs;
