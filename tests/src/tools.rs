@@ -72,10 +72,10 @@ impl Tools {
 
 /// The loader is named outright, because the program asks for the system's; it finds its place from `$0`, so
 /// that the cache can be moved. QEMU looks for its own modules and firmware beside its executable, which is
-/// now the loader, and has to be told.
+/// now the loader, and has to be told. fio's library for Ceph has a directory of its own.
 const STARTER: &str = r#"#!/bin/sh
 root=${0%/*}/../root
-libraries=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu
+libraries=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu/ceph
 export QEMU_MODULE_DIR=$root/usr/lib/x86_64-linux-gnu/qemu
 exec "$root/@LOADER@" --inhibit-cache --library-path "$libraries" --argv0 @NAME@ "$root/@PROGRAM@" @ARGUMENTS@ "$@"
 "#;
