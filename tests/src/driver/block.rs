@@ -71,9 +71,20 @@ pub struct BlockDriver {
 
 impl BlockDriver {
     /// Negotiates `features` and starts `num_queues` queues of `size` entries.
-    pub fn start(mut frontend: Frontend, features: u64, num_queues: u16, size: u16) -> Result<Self> {
+    pub fn start(frontend: Frontend, features: u64, num_queues: u16, size: u16) -> Result<Self> {
+        Self::with_memory(frontend, features, num_queues, size, 32 << 20)
+    }
+
+    /// With `half` bytes of memory below the hole and as many above.
+    pub fn with_memory(
+        mut frontend: Frontend,
+        features: u64,
+        num_queues: u16,
+        size: u16,
+        half: u64,
+    ) -> Result<Self> {
         let negotiated = frontend.negotiate(features)?;
-        let mut ram = GuestRam::new(32 << 20)?;
+        let mut ram = GuestRam::new(half)?;
         let indirect = negotiated.acked & virtio::RING_INDIRECT_DESC != 0;
         let event_idx = negotiated.acked & virtio::RING_EVENT_IDX != 0;
         let mut queues = Vec::new();

@@ -93,6 +93,10 @@ impl GuestRam {
         Ok(bytes)
     }
 
+    pub fn read_byte(&self, addr: u64) -> Result<u8> {
+        Ok(self.map.read_obj(GuestAddress(addr))?)
+    }
+
     pub fn put<T: ByteValued>(&self, addr: u64, value: T) -> Result<()> {
         Ok(self.map.write_obj(value, GuestAddress(addr))?)
     }

@@ -10,6 +10,7 @@
 mod block;
 mod daemon;
 mod frontend;
+mod load;
 mod memory;
 mod queue;
 
@@ -21,6 +22,7 @@ use cleave_common::vhost_user::{ChannelError, Malformed};
 pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
 pub use daemon::{Daemon, binary};
 pub use frontend::{Frontend, Negotiated, USER_BASE};
+pub use load::{Histogram, Load, Report};
 pub use memory::GuestRam;
 pub use queue::{Buffer, Flags, SplitQueue};
 
