@@ -1,21 +1,18 @@
 //! Diagnostics on standard error, one line an event, in the style of a service: the journal adds the time.
 
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Starts logging for this process. `CLEAVE_LOG` chooses what is said (`warn` unless set), in the syntax of
-/// `tracing_subscriber::EnvFilter`: `CLEAVE_LOG=debug`, `CLEAVE_LOG=info,cleave::vhost=trace`.
+/// `tracing_subscriber::filter::Targets`: `CLEAVE_LOG=debug`, `CLEAVE_LOG=info,cleave::vhost=trace`.
+///
+/// Not `EnvFilter`, which reads the same and more: the regular expressions it brings were a third of a daemon's memory.
 pub fn init() {
-    let filter = EnvFilter::builder()
-        .with_env_var("CLEAVE_LOG")
-        .with_default_directive(LevelFilter::WARN.into())
-        .from_env_lossy();
+    let wish = std::env::var("CLEAVE_LOG").ok().and_then(|text| text.parse().ok());
+    let filter = wish.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
+    let lines =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).without_time().with_target(false).with_ansi(false);
     // A second call (a test, an embedding program) keeps the first subscriber.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .with_target(false)
-        .with_ansi(false)
-        .try_init();
+    let _ = tracing_subscriber::registry().with(lines).with(filter).try_init();
 }

@@ -5,6 +5,7 @@
 
 mod args;
 mod device;
+mod footprint;
 mod memory;
 mod queue_thread;
 mod server;

@@ -56,7 +56,9 @@ pub enum Event {
 pub struct Engine {
     ring: IoUring,
     image: Arc<Image>,
+    /// By tag, as far as any was used: most queues are much shorter than they may be.
     slots: Vec<Slot>,
+    depth: u16,
     in_flight: usize,
     watches: Vec<Watch>,
     next_watch: u32,
@@ -103,9 +105,8 @@ impl Engine {
             _ => EngineError::Io(error),
         })?;
         ring.submitter().register_files(&[image.file().as_raw_fd()])?;
-        let mut slots = Vec::new();
-        slots.resize_with(usize::from(depth), Slot::default);
-        Ok(Self { ring, image, slots, in_flight: 0, watches: Vec::new(), next_watch: 0 })
+        let slots = Vec::new();
+        Ok(Self { ring, image, slots, depth, in_flight: 0, watches: Vec::new(), next_watch: 0 })
     }
 
     /// Requests whose event is not out yet.
@@ -132,9 +133,7 @@ impl Engine {
         buffers: impl IntoIterator<Item = libc::iovec>,
     ) {
         let align = self.alignment();
-        let slot = &mut self.slots[usize::from(tag)];
-        assert!(!slot.is_busy(), "request {tag} is in flight");
-        slot.begin(transfer, buffers, align);
+        self.free_slot(tag).begin(transfer, buffers, align);
         self.in_flight += 1;
         self.submit_slot(tag);
     }
@@ -144,9 +143,7 @@ impl Engine {
     /// # Panics
     /// As [`Engine::transfer`].
     pub fn flush(&mut self, tag: u16) {
-        let slot = &mut self.slots[usize::from(tag)];
-        assert!(!slot.is_busy(), "request {tag} is in flight");
-        slot.begin_flush();
+        self.free_slot(tag).begin_flush();
         self.in_flight += 1;
         self.submit_slot(tag);
     }
@@ -245,6 +242,17 @@ impl Engine {
             self.arm(id, fd);
         }
         Some(Event::Readable(id))
+    }
+
+    fn free_slot(&mut self, tag: u16) -> &mut Slot {
+        assert!(tag < self.depth, "request {tag} is past the engine's depth of {}", self.depth);
+        let at = usize::from(tag);
+        if at >= self.slots.len() {
+            self.slots.resize_with(at + 1, Slot::default);
+        }
+        let slot = &mut self.slots[at];
+        assert!(!slot.is_busy(), "request {tag} is in flight");
+        slot
     }
 
     fn submit_slot(&mut self, tag: u16) {

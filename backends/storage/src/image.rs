@@ -164,6 +164,12 @@ impl Image {
     }
 }
 
+impl Drop for Image {
+    fn drop(&mut self) {
+        lock::unlock(&self.file);
+    }
+}
+
 struct Geometry {
     logical_block: u32,
     physical_block: u32,

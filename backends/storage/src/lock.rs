@@ -37,16 +37,27 @@ pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
 
 /// `false`: somebody has a lock that excludes ours.
 fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
-    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+    match set_lock(file, if shared { libc::F_RDLCK } else { libc::F_WRLCK }) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives the lock back at once: closing the file does so only when the last reference is gone, and a ring being taken
+/// apart keeps one for a while.
+pub(crate) fn unlock(file: &File) {
+    // Nothing can be done about a failure but what follows anyway, closing the file.
+    let _ = set_lock(file, libc::F_UNLCK);
+}
+
+fn set_lock(file: &File, kind: i32) -> io::Result<()> {
     let whole =
         libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
     // SAFETY: the descriptor is open for the call, and `whole` is a valid flock that is only read.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } == 0 {
-        return Ok(true);
-    }
-    match io::Error::last_os_error() {
-        error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-        error => Err(error),
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -194,11 +194,12 @@ impl BlockDriver {
         Ok(self.request(RequestKind::Flush, 0, &[])?.0)
     }
 
-    /// Starts over on a new connection, with the same memory and fresh rings.
-    pub fn reconnect(&mut self, mut frontend: Frontend) -> Result<()> {
-        self.negotiated = frontend.negotiate(self.negotiated.acked)?;
-        frontend.set_mem_table(&self.ram)?;
-        self.frontend = frontend;
+    /// Hangs up and starts over on a new connection, with the same memory and fresh rings.
+    pub fn reconnect(&mut self, socket: &Path) -> Result<()> {
+        let _ = self.frontend.channel.socket().shutdown(std::net::Shutdown::Both);
+        self.frontend = Frontend::connect(socket)?;
+        self.negotiated = self.frontend.negotiate(self.negotiated.acked)?;
+        self.frontend.set_mem_table(&self.ram)?;
         for queue in &mut self.queues {
             queue.reset(&self.ram)?;
         }

@@ -1,7 +1,6 @@
 //! A daemon under test: the real program, started, watched and ended.
 
 use std::fs;
-use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -142,36 +141,33 @@ impl Daemon {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Its private and its share of shared memory, in bytes: all of it, and without the guest memory it maps.
-    pub fn memory(&self) -> Result<(u64, u64)> {
-        let mut text = String::new();
-        fs::File::open(format!("/proc/{}/smaps", self.pid()))
-            .and_then(|mut file| file.read_to_string(&mut text))
+    /// Bytes of memory it has mapped and present, without guest memory. Pages it shares with other processes count in
+    /// full, so that this is never less than its proportional set size.
+    pub fn memory(&self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/smaps", self.pid()))
             .map_err(DriverError::io("read smaps"))?;
-        let (mut all, mut guest, mut in_guest) = (0, 0, false);
+        let (mut total, mut in_guest) = (0, false);
         for line in text.lines() {
-            if line.split_once(' ').is_some_and(|(range, _)| range.contains('-') && !range.ends_with(':')) {
+            let is_mapping =
+                line.split_once(' ').is_some_and(|(range, _)| range.contains('-') && !range.ends_with(':'));
+            if is_mapping {
                 in_guest = line.contains("memfd:") || line.contains("hugepage");
-            } else if let Some(rest) = line.strip_prefix("Pss:") {
-                let kib: u64 = rest.trim().trim_end_matches(" kB").parse().unwrap_or(0);
-                all += kib << 10;
-                guest += if in_guest { kib << 10 } else { 0 };
+            } else if let (Some(rest), false) = (line.strip_prefix("Rss:"), in_guest) {
+                total += rest.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) << 10;
             }
         }
-        Ok((all, all - guest))
+        Ok(total)
     }
 
-    /// The CPU time it has used.
+    /// The CPU time its threads have used. What the kernel does for it in threads of its own (io-wq) is not in it.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let text = fs::read_to_string(format!("/proc/{}/schedstat", self.pid()));
         let tasks =
             fs::read_dir(format!("/proc/{}/task", self.pid())).map_err(DriverError::io("read /proc"))?;
-        let nanoseconds =
-            |text: String| text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-        drop(text);
-        let total =
+        let texts =
             tasks.flatten().map(|task| fs::read_to_string(task.path().join("schedstat")).unwrap_or_default());
-        Ok(Duration::from_nanos(total.map(nanoseconds).sum()))
+        let nanoseconds =
+            texts.map(|text| text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0));
+        Ok(Duration::from_nanos(nanoseconds.sum()))
     }
 }
 

@@ -28,7 +28,8 @@ pub struct Negotiated {
 /// One connection to a backend.
 pub struct Frontend {
     pub channel: Channel,
-    reply_ack: bool,
+    /// Whether each request waits for its acknowledgement. Negotiated if offered.
+    pub reply_ack: bool,
 }
 
 impl Frontend {

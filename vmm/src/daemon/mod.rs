@@ -180,6 +180,13 @@ impl Daemon {
         self.status.map(|status| self.exit_with(status))
     }
 
+    /// SIGKILL, without waiting for the end: the pidfd tells.
+    pub fn force(&self) {
+        if self.status.is_none() {
+            let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        }
+    }
+
     /// SIGTERM: the daemon ends when it has finished what it is doing.
     pub fn terminate(&self) {
         if self.status.is_none() {

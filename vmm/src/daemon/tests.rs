@@ -109,3 +109,10 @@ fn a_program_that_is_nowhere_is_named() {
     let error = spawn(&spec).unwrap_err().to_string();
     assert!(error.starts_with("cleave-nothing is neither beside cleave in /"), "{error}");
 }
+
+#[test]
+fn a_daemon_that_hangs_is_forced_to_end() {
+    let (mut daemon, _socket) = shell("kill -STOP $$");
+    daemon.force();
+    assert_eq!(ended(&mut daemon).status.signal(), Some(9));
+}

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
-    kvm_irq_routing_msi, kvm_msi,
+    kvm_irq_routing_msi,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -68,19 +68,9 @@ impl Routes {
         Ok(Gsi(gsi))
     }
 
-    /// Gives a GSI back, and its route.
-    pub fn free_gsi(&self, gsi: Gsi) -> Result<(), KvmError> {
-        self.change(|table| table.messages.remove(&gsi.0).flatten().is_some())
-    }
-
     /// Routes an allocated GSI to a message.
     pub fn set_msi(&self, gsi: Gsi, message: MsiMessage) -> Result<(), KvmError> {
         self.change(|table| table.messages.insert(gsi.0, Some(message)) != Some(Some(message)))
-    }
-
-    /// Takes the route off; the GSI stays allocated.
-    pub fn clear(&self, gsi: Gsi) -> Result<(), KvmError> {
-        self.change(|table| table.messages.get_mut(&gsi.0).is_some_and(|message| message.take().is_some()))
     }
 
     /// Every signal of `fd` raises `gsi`. A count already in `fd` raises it at once.
@@ -88,33 +78,9 @@ impl Routes {
         self.vm.fd().register_irqfd(fd, gsi.0).map_err(KvmError::ioctl("register an irqfd"))
     }
 
-    /// As [`Routes::irqfd`] for a level-triggered pin: raised by `fd`, lowered at the guest's end of interrupt, which
-    /// signals `resample`.
-    pub fn level_irqfd(&self, gsi: Gsi, fd: &EventFd, resample: &EventFd) -> Result<(), KvmError> {
-        self.vm
-            .fd()
-            .register_irqfd_with_resample(fd, resample, gsi.0)
-            .map_err(KvmError::ioctl("register a level-triggered irqfd"))
-    }
-
     /// From here on `fd` only counts.
     pub fn unirqfd(&self, gsi: Gsi, fd: &EventFd) -> Result<(), KvmError> {
         self.vm.fd().unregister_irqfd(fd, gsi.0).map_err(KvmError::ioctl("remove an irqfd"))
-    }
-
-    /// Sends one message now.
-    pub fn signal(&self, message: MsiMessage) -> Result<(), KvmError> {
-        let msi = kvm_msi {
-            address_lo: message.address as u32,
-            address_hi: (message.address >> 32) as u32,
-            data: message.data,
-            ..Default::default()
-        };
-        self.vm
-            .fd()
-            .signal_msi(msi)
-            .map(|_| ())
-            .map_err(KvmError::ioctl("send a message-signalled interrupt"))
     }
 
     /// `edit` says whether it changed a route; then KVM gets the table, and if it refuses, the edit is undone.

@@ -24,6 +24,7 @@ use crate::plan::{self, MachinePlan};
 use crate::vhost::{MemoryTable, Negotiated};
 use crate::virtio::{Device, Parts};
 use cleave_common::exit::Failure;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Descriptors in a queue, unless its driver asks for fewer.
 const QUEUE_SIZE: u16 = 256;
@@ -32,6 +33,7 @@ const QUEUE_SIZE: u16 = 256;
 pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let plan = plan::plan(config, cpuid::physical_address_bits()).map_err(Failure::usage)?;
     let boot = firmware::prepare(config, &plan)?;
+    raise_file_limit();
     let queue = EventQueue::new().map_err(Failure::host)?;
     let mut signals = Signals::catch().map_err(Failure::host)?;
 
@@ -63,6 +65,15 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
         boot,
         daemons,
     }))
+}
+
+/// A device has two descriptors a queue and a few more: the soft limit of a login session is soon too low.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    if let Err(error) = raised {
+        tracing::debug!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
 }
 
 fn ram_options(config: &MachineConfig) -> RamOptions {

@@ -252,6 +252,10 @@ impl Machine {
             DeviceEvent::Running => tracing::debug!("device {device} runs"),
             DeviceEvent::Lost { reason } => {
                 tracing::error!("device {device} is lost: {reason}; the machine goes on without it");
+                // One of ours that hangs must not wake up later and write to memory that is no longer its buffers.
+                if let Some(daemon) = self.daemons.iter().find(|daemon| daemon.device() == device) {
+                    daemon.force();
+                }
             }
             DeviceEvent::Refused { reason } => {
                 tracing::error!("the driver of device {device} set it up in a way that cannot be: {reason}");

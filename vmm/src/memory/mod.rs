@@ -29,9 +29,6 @@ use vm_memory::{
 
 pub(crate) use host::{HugePages, memory_available, memory_total};
 
-/// Bytes of an ordinary page.
-const PAGE: u64 = 4096;
-
 /// The mapped regions, as loaders and devices address them: by guest-physical address.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
@@ -113,7 +110,6 @@ pub struct GuestRam {
     memory: GuestMemory,
     file: Arc<File>,
     size: u64,
-    page_size: u64,
     backing: Backing,
 }
 
@@ -126,13 +122,13 @@ impl GuestRam {
         if size > host {
             return Err(MemoryError::MoreThanHost(size, host));
         }
-        let (file, page_size) = match options.backing {
-            Backing::Memfd => (memfd(size)?, PAGE),
+        let file = match options.backing {
+            Backing::Memfd => memfd(size)?,
             Backing::Hugetlbfs => hugetlb(size, options.page_size)?,
         };
         let file = Arc::new(File::from(file));
         let memory = map(&file, regions, options.backing)?;
-        let ram = Self { memory, file, size, page_size, backing: options.backing };
+        let ram = Self { memory, file, size, backing: options.backing };
         if options.prefault {
             ram.prefault()?;
         }
@@ -146,16 +142,6 @@ impl GuestRam {
     /// The file to hand to a daemon, whose `SET_MEM_TABLE` names offsets in it.
     pub fn file(&self) -> &File {
         &self.file
-    }
-
-    /// Bytes of RAM.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Bytes of the smallest page the file can give back to the host.
-    pub fn page_size(&self) -> u64 {
-        self.page_size
     }
 
     pub fn regions(&self) -> impl Iterator<Item = MappedRegion> {
@@ -216,8 +202,7 @@ fn memfd(size: u64) -> Result<OwnedFd, MemoryError> {
     create().map_err(|error| MemoryError::Create(size, error.into()))
 }
 
-/// The file and its page size.
-fn hugetlb(size: u64, page_size: Option<u64>) -> Result<(OwnedFd, u64), MemoryError> {
+fn hugetlb(size: u64, page_size: Option<u64>) -> Result<OwnedFd, MemoryError> {
     let pages = HugePages::of(page_size)?;
     if !size.is_multiple_of(pages.size) {
         return Err(MemoryError::NotWholePages(size, pages.size));
@@ -232,8 +217,7 @@ fn hugetlb(size: u64, page_size: Option<u64>) -> Result<(OwnedFd, u64), MemoryEr
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Ok(fd)
     };
-    let fd = create().map_err(|error| MemoryError::Create(size, error.into()))?;
-    Ok((fd, pages.size))
+    create().map_err(|error| MemoryError::Create(size, error.into()))
 }
 
 fn map(file: &Arc<File>, regions: &[RamRegion], backing: Backing) -> Result<GuestMemory, MemoryError> {

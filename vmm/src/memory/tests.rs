@@ -24,7 +24,7 @@ fn what_the_guest_writes_is_in_the_file_at_the_regions_offset() {
     let mut word = [0; 4];
     ram.file().read_exact_at(&mut word, 2 * MIB + 0x1000).unwrap();
     assert_eq!(u32::from_le_bytes(word), 0x1234_5678);
-    assert_eq!(ram.size(), 3 * MIB);
+    assert_eq!(ram.size, 3 * MIB);
     assert!(ram.memory().write_obj(0_u32, GuestAddress(2 * MIB)).is_err(), "the hole is no memory");
 }
 

@@ -4,7 +4,8 @@
 //! Every byte has a mask of the bits that software may write. That alone gives BARs the behaviour by which software
 //! finds their size: the bits below the size are not writable and read as zero.
 
-/// Bytes of configuration space. There are no extended capabilities: what lies beyond reads as zero.
+/// Bytes of configuration space. There is no extended part: what lies beyond reads as all ones, which also spares a
+/// kernel the search for extended capabilities there.
 pub const CONFIG_SPACE_LEN: usize = 256;
 
 const COMMAND: usize = 0x04;
@@ -122,10 +123,10 @@ impl ConfigSpace {
         u32::from(self.word(offset)) | u32::from(self.word(offset + 2)) << 16
     }
 
-    /// What software reads; past the end, zeroes.
+    /// What software reads.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
-            *byte = self.bytes.get(at).copied().unwrap_or(0);
+            *byte = self.bytes.get(at).copied().unwrap_or(0xff);
         }
     }
 

@@ -58,7 +58,7 @@ pub(super) struct Slot {
     /// The first of `buffers` that is not finished; it starts where the rest does.
     first: usize,
     remaining: usize,
-    bounce: Option<Bounce>,
+    bounce: Option<Box<Bounce>>,
 }
 
 impl Slot {
@@ -85,8 +85,8 @@ impl Slot {
             !buffer.iov_base.addr().is_multiple_of(memory_align) || !buffer.iov_len.is_multiple_of(len_align)
         });
         // O_DIRECT takes whole blocks at aligned addresses only; Linux guests never need more.
-        self.bounce =
-            misaligned.then(|| Bounce::new(self.remaining.min(PIECE), memory_align.max(len_align).max(4096)));
+        self.bounce = misaligned
+            .then(|| Box::new(Bounce::new(self.remaining.min(PIECE), memory_align.max(len_align).max(4096))));
     }
 
     /// What to hand to the kernel next.

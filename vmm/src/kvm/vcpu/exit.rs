@@ -3,7 +3,6 @@
 
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
@@ -149,29 +148,11 @@ impl fmt::Display for Registers {
     }
 }
 
-/// Exits to this process, counted by kind. In-kernel exits are KVM's own statistics.
-#[derive(Debug, Default)]
-pub struct ExitCounts {
-    pub pio: AtomicU64,
-    pub mmio: AtomicU64,
-    /// Signals and all the rest.
-    pub other: AtomicU64,
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
-}
-
 /// Enters the guest once. The event, if the guest cannot go on.
-pub(super) fn run_once<H: ExitHandler + ?Sized>(
-    fd: &mut VcpuFd,
-    handler: &H,
-    counts: &ExitCounts,
-) -> Option<VcpuEvent> {
+pub(super) fn run_once<H: ExitHandler + ?Sized>(fd: &mut VcpuFd, handler: &H) -> Option<VcpuEvent> {
     let exit = match fd.run() {
         Ok(exit) => exit,
         Err(error) => {
-            count(&counts.other);
             return match error.errno() {
                 // EAGAIN: a vCPU that waited for its start-up IPI has got it.
                 libc::EINTR | libc::EAGAIN => None,
@@ -181,23 +162,19 @@ pub(super) fn run_once<H: ExitHandler + ?Sized>(
     };
     match exit {
         VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => {
-            count(&counts.pio);
             pio(fd, handler);
             None
         }
         VcpuExit::MmioRead(address, data) => {
-            count(&counts.mmio);
             data.fill(0xff);
             handler.mmio_read(address, data);
             None
         }
         VcpuExit::MmioWrite(address, data) => {
-            count(&counts.mmio);
             handler.mmio_write(address, data);
             None
         }
         other => {
-            count(&counts.other);
             let end = End::of(&other);
             end.event(fd)
         }

@@ -30,7 +30,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 use super::{KvmError, Vm};
-pub use exit::{ExitCounts, VcpuEvent};
+pub use exit::VcpuEvent;
 use kick::ExitRequest;
 pub use state::EntryState;
 use state::ResetState;
@@ -69,7 +69,6 @@ pub struct VcpuHandle {
     index: usize,
     commands: Sender<Command>,
     pending: Arc<AtomicBool>,
-    counts: Arc<ExitCounts>,
     /// Gone once joined.
     thread: Option<JoinHandle<()>>,
 }
@@ -90,32 +89,13 @@ impl VcpuHandle {
         let power_on = ResetState::capture(&fd, vm.msr_indices())?;
         let (commands, queue) = channel();
         let pending = Arc::new(AtomicBool::new(false));
-        let counts = Arc::new(ExitCounts::default());
-        let runner = Runner {
-            index,
-            fd,
-            power_on,
-            queue,
-            pending: Arc::clone(&pending),
-            counts: Arc::clone(&counts),
-            handler,
-            events,
-        };
+        let runner = Runner { index, fd, power_on, queue, pending: Arc::clone(&pending), handler, events };
         let thread = Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(256 << 10)
             .spawn(move || runner.live())
             .map_err(KvmError::Thread)?;
-        Ok(Self { index, commands, pending, counts, thread: Some(thread) })
-    }
-
-    pub fn index(&self) -> usize {
-        self.index
-    }
-
-    /// Exits to this process so far, by kind.
-    pub fn counts(&self) -> &ExitCounts {
-        &self.counts
+        Ok(Self { index, commands, pending, thread: Some(thread) })
     }
 
     /// Parked -> Running.
@@ -178,7 +158,6 @@ struct Runner<H> {
     power_on: ResetState,
     queue: Receiver<Command>,
     pending: Arc<AtomicBool>,
-    counts: Arc<ExitCounts>,
     handler: Arc<H>,
     events: EventSink,
 }
@@ -235,7 +214,7 @@ impl<H: ExitHandler> Runner<H> {
             {
                 return next;
             }
-            if let Some(event) = exit::run_once(&mut self.fd, &*self.handler, &self.counts) {
+            if let Some(event) = exit::run_once(&mut self.fd, &*self.handler) {
                 self.tell(event);
                 return Next::Park;
             }

@@ -1,0 +1,283 @@
+//! cleave-block as an administrator or a service manager sees it: flags, sockets, signals, exit codes.
+
+mod common;
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use cleave_tests::driver::{BlockDriver, Buffer, Daemon, Frontend, IoStatus, RequestKind, binary};
+use command_fds::{CommandFdExt, FdMapping};
+use common::{MIB, disk, pattern, start};
+use rustix::process::Signal;
+use tempfile::NamedTempFile;
+
+fn block() -> Command {
+    let mut command = Command::new(binary("cleave-block").unwrap());
+    command.stdin(Stdio::null());
+    command
+}
+
+/// A process that a failed test does not leave behind.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The daemon with `socket` as its descriptor 3, and no other test's daemon with it.
+fn inherit(socket: OwnedFd, image: &NamedTempFile) -> Killed {
+    let mut command = block();
+    command.args(["--fd", "3", "--blk-file"]).arg(image.path());
+    command.fd_mappings(vec![FdMapping { parent_fd: socket, child_fd: 3 }]).unwrap();
+    Killed(command.spawn().unwrap())
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// It ends by itself, with this exit code, and says one line with these words.
+fn fails(command: &mut Command, code: i32, words: &[&str]) {
+    let output = command.output().unwrap();
+    let text = said(&output);
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {text}");
+    assert_eq!(text.trim_end().lines().count(), 1, "{text}");
+    for word in words {
+        assert!(text.contains(word), "'{word}' is not in: {text}");
+    }
+}
+
+#[test]
+fn capabilities_are_json() {
+    let output = block().arg("--print-capabilities").output().unwrap();
+    assert!(output.status.success());
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json, serde_json::json!({ "type": "block", "features": ["read-only", "blk-file"] }));
+}
+
+#[test]
+fn a_wrong_command_line_is_a_usage_error() {
+    let image = disk(MIB);
+    let path = image.path().to_str().unwrap();
+    for args in [
+        &["--blk-file", path][..],
+        &["--socket-path", "/nowhere/s"],
+        &["--socket-path", "/nowhere/s", "--fd", "3", "--blk-file", path],
+        &["--socket-path", "/nowhere/s", "--blk-file", path, "--num-queues", "0"],
+        &["--socket-path", "/nowhere/s", "--blk-file", path, "--num-queues", "65"],
+        &["--socket-path", "/nowhere/s", "--blk-file", path, "--queue-size", "100"],
+        &["--socket-path", "/nowhere/s", "--blk-file", path, "--serial", "longer-than-twenty-bytes"],
+        &["--socket-path", "/nowhere/s", "--blk-file", path, "--cache", "maybe"],
+        &["--socket-path", "/nowhere/s", "--blk-file", path],
+        &["--fd", "77", "--blk-file", path],
+        &["--fd", "0", "--blk-file", path],
+    ] {
+        let output = block().args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", said(&output));
+    }
+}
+
+#[test]
+fn a_disk_that_will_not_do_is_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let socket = at("socket");
+    let on = |path: &std::path::Path, code, words: &[&str]| {
+        let name = path.display().to_string();
+        fails(
+            block().arg("--socket-path").arg(&socket).arg("--blk-file").arg(path),
+            code,
+            &[&[name.as_str()], words].concat(),
+        );
+        assert!(!socket.exists(), "a daemon that cannot start leaves no socket");
+    };
+    on(&at("missing"), 2, &["No such file"]);
+    on(directory.path(), 2, &["neither a regular file nor a block device"]);
+    on(std::path::Path::new("/dev/null"), 2, &["neither a regular file nor a block device"]);
+    fs::write(at("empty"), b"").unwrap();
+    on(&at("empty"), 2, &["empty"]);
+    fs::write(at("odd"), [0; 1000]).unwrap();
+    on(&at("odd"), 2, &["1000 bytes", "not a multiple of 512", "1024"]);
+    symlink("loop", at("loop")).unwrap();
+    on(&at("loop"), 3, &["symbolic links"]);
+}
+
+#[test]
+fn a_disk_in_use_names_its_user() {
+    let image = disk(MIB);
+    let path = image.path().to_str().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let second = |args: &[&str]| {
+        let mut command = block();
+        command.arg("--socket-path").arg(&socket).args(["--blk-file", path]).args(args);
+        command
+    };
+    let writer = start(&image, &[]);
+    let who = format!("cleave-block (process {})", writer.pid());
+    fails(&mut second(&[]), 3, &["is in use", &who]);
+    fails(&mut second(&["--read-only"]), 3, &["is in use", &who]);
+    drop(writer);
+
+    let _reader = start(&image, &["--read-only"]);
+    fails(&mut second(&[]), 3, &["is in use"]);
+    let mut other_reader = start(&image, &["--read-only"]);
+    assert!(other_reader.is_running());
+}
+
+#[test]
+fn qemu_and_cleave_see_each_others_locks() {
+    let image = disk(MIB);
+    let path = image.path().to_str().unwrap();
+    let mut daemon = start(&image, &[]);
+    let output = Command::new("qemu-io")
+        .args(["-f", "raw", "-c", "read 0 512", path])
+        .output()
+        .expect("qemu-io, of qemu-utils");
+    assert!(said(&output).contains("lock"), "qemu-io took no notice of our lock: {}", said(&output));
+    daemon.signal(Signal::TERM).unwrap();
+    daemon.wait().unwrap();
+
+    let qemu = Command::new("qemu-io")
+        .args(["-f", "raw", path])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let id = qemu.id();
+    let _qemu = Killed(qemu);
+    let who = format!("qemu-io (process {id})");
+    let locked = || {
+        fs::read_dir(format!("/proc/{id}/fdinfo"))
+            .unwrap()
+            .flatten()
+            .any(|entry| fs::read_to_string(entry.path()).is_ok_and(|info| info.contains("OFDLCK")))
+    };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !locked() {
+        assert!(Instant::now() < deadline, "qemu-io does not open the disk");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    fails(block().args(["--socket-path", "/nowhere/s", "--blk-file", path]), 3, &["is in use", &who]);
+}
+
+#[test]
+fn sockets_that_are_in_the_way() {
+    let image = disk(MIB);
+    let other = disk(MIB);
+    let path = other.path().to_str().unwrap();
+    let daemon = start(&image, &[]);
+    fails(
+        block().arg("--socket-path").arg(&daemon.socket).args(["--blk-file", path]),
+        3,
+        &["already listening"],
+    );
+    assert!(BlockDriver::connect(&daemon.socket, 1).is_ok(), "the daemon that was there is unharmed");
+
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    fs::write(&file, b"precious").unwrap();
+    fails(block().arg("--socket-path").arg(&file).args(["--blk-file", path]), 2, &["not a socket"]);
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+
+    let long = directory.path().join("x".repeat(120));
+    fails(block().arg("--socket-path").arg(long).args(["--blk-file", path]), 2, &["cannot listen"]);
+}
+
+#[test]
+fn sigterm_is_a_clean_end() {
+    for busy in [false, true] {
+        let image = disk(8 * MIB);
+        let mut daemon = start(&image, &["--cache", "none"]);
+        let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+        let data = driver.ram.allocate(100 * 4096, 4096);
+        if busy {
+            for n in 0..100 {
+                let buffer = Buffer::to_read(data + n * 4096, 4096);
+                driver.submit(0, RequestKind::Out, n * 8, &[buffer]).unwrap().unwrap();
+            }
+            driver.queues[0].kick_now().unwrap();
+        }
+        daemon.signal(Signal::TERM).unwrap();
+        assert_eq!(daemon.wait().unwrap().code(), Some(0));
+        assert!(!daemon.socket.exists(), "the socket is left behind");
+        // What it has fetched it has completed.
+        let used = driver.queues[0].used_idx();
+        while driver.queues[0].pop_used(&driver.ram).unwrap().is_some() {}
+        assert!(driver.queues[0].used_idx() >= used);
+    }
+}
+
+#[test]
+fn after_kill_it_starts_again_on_the_same_socket_and_disk() {
+    let image = disk(MIB);
+    let path = image.path().to_str().unwrap();
+    let mut daemon = start(&image, &["--cache", "none"]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+    assert_eq!(driver.write(0, &pattern(7, 512)).unwrap(), IoStatus::Ok);
+    daemon.signal(Signal::KILL).unwrap();
+    daemon.wait().unwrap();
+    assert!(daemon.socket.exists(), "a stale socket");
+    let _successor =
+        Killed(block().arg("--socket-path").arg(&daemon.socket).args(["--blk-file", path]).spawn().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while UnixStream::connect(&daemon.socket).is_err() {
+        assert!(Instant::now() < deadline, "the successor does not listen");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    driver.reconnect(&daemon.socket).unwrap();
+    assert_eq!(driver.read(0, 512).unwrap(), (IoStatus::Ok, pattern(7, 512)));
+}
+
+#[test]
+fn it_serves_an_inherited_connection_and_ends_with_it() {
+    let image = disk(MIB);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut child = inherit(theirs.into(), &image);
+    let mut driver = BlockDriver::start(Frontend::over(ours), u64::MAX, 1, 64).unwrap();
+    assert_eq!(driver.read(0, 4096).unwrap().0, IoStatus::Ok);
+    drop(driver);
+    assert_eq!(child.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn it_listens_on_an_inherited_listener() {
+    let image = disk(MIB);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("activated");
+    let listener = UnixListener::bind(&path).unwrap();
+    let child = inherit(listener.into(), &image);
+    for _ in 0..3 {
+        let mut driver = BlockDriver::connect(&path, 1).unwrap();
+        assert_eq!(driver.read(0, 4096).unwrap().0, IoStatus::Ok);
+    }
+    drop(child);
+    assert!(path.exists(), "a socket that was given is not ours to remove");
+}
+
+#[test]
+fn the_daemon_is_small_and_its_threads_are_named() {
+    let image = disk(16 * MIB);
+    let daemon: Daemon = start(&image, &["--cache", "none", "--num-queues", "2"]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 2).unwrap();
+    for sector in 0..1000 {
+        assert_eq!(driver.read(sector * 8, 4096).unwrap().0, IoStatus::Ok);
+    }
+    // An optimised build is measured by block-bench, and takes half of that.
+    let own = daemon.memory().unwrap();
+    assert!(own <= 3 * MIB, "{} KiB", own >> 10);
+    let threads = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().flatten();
+    let mut names: Vec<String> = threads
+        .map(|task| fs::read_to_string(task.path().join("comm")).unwrap().trim().to_owned())
+        .filter(|name| !name.starts_with("iou-wrk"))
+        .collect();
+    names.sort();
+    assert_eq!(names, ["cleave-block", "queue0", "queue1"]);
+}
