@@ -18,7 +18,7 @@ pub const CASES: &[crate::Case] = &[
 ];
 
 /// Longer than the deadline of a request, with some patience for an emulated host.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Demands that the guest's shell still answers; `mark` has to be new each time.
 fn alive(vm: &mut Vm, mark: u32) -> Outcome<()> {

@@ -33,7 +33,7 @@ const USAGE: i32 = 2;
 const HOST: i32 = 3;
 const DEVICE: i32 = 4;
 /// A daemon gets its deadline before it is given up.
-const DEADLINE: Duration = Duration::from_secs(40);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Runs a command that has to be refused, with `words` in its one line.
 fn refused(mut command: Command, code: i32, words: &[&str]) -> Outcome<()> {
