@@ -11,8 +11,11 @@ use tracing_subscriber::util::SubscriberInitExt;
 pub fn init() {
     let wish = std::env::var("CLEAVE_LOG").ok().and_then(|text| text.parse().ok());
     let filter = wish.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
-    let lines =
-        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).without_time().with_target(false).with_ansi(false);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .with_ansi(false);
     // A second call (a test, an embedding program) keeps the first subscriber.
     let _ = tracing_subscriber::registry().with(lines).with(filter).try_init();
 }

@@ -76,7 +76,14 @@ impl Report {
         let mut checks = vec![host::cpu()];
         let (mut kvm_checks, runs_stock_guest) = probe::kvm();
         checks.append(&mut kvm_checks);
-        checks.extend([host::nested(), host::memory(), host::huge_pages(), host::tun(), host::io_uring()]);
+        checks.extend([
+            host::nested(),
+            host::memory(),
+            host::shared_huge_pages(),
+            host::huge_pages(),
+            host::tun(),
+            host::io_uring(),
+        ]);
         Self { runs_stock_guest, checks }
     }
 }

@@ -4,15 +4,17 @@
 //! - One file holds all of RAM; a region is a range of it. The file never changes its size (sealed, or a hugetlbfs
 //!   file nobody else can open for writing its length), so that no mapping of it can fault beyond its end.
 //! - A page is in the file or nowhere: nothing is mapped private, so what a daemon writes is what the guest reads.
-//! - Regions do not overlap, and their host addresses hold as long as the [`GuestRam`] lives.
-#![expect(unsafe_code, reason = "madvise on our own mappings")]
+//! - Regions do not overlap. A mapping, once made, stays for the life of the process, so no address of it that KVM or
+//!   anyone else still holds can become another's.
 
 mod host;
+mod mapping;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -20,14 +22,16 @@ use cleave_common::size::ByteSize;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
 };
-use rustix::mm::{Advice, madvise};
-use vm_memory::mmap::MmapRegionError;
+use rustix::mm::MapFlags;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    GuestRegionMmap,
 };
 
 pub(crate) use host::{HugePages, memory_available, memory_total};
+
+/// Bytes of an ordinary page.
+const PAGE: u64 = 4096;
 
 /// The mapped regions, as loaders and devices address them: by guest-physical address.
 pub type GuestMemory = GuestMemoryMmap<()>;
@@ -93,7 +97,7 @@ pub enum MemoryError {
     #[error("cannot create the file of guest memory ({size})", size = readable(*.0))]
     Create(u64, #[source] io::Error),
     #[error("cannot map {size} of guest memory at guest address {gpa:#x}", size = readable(.0.size), gpa = .0.gpa)]
-    Map(RamRegion, #[source] MmapRegionError),
+    Map(RamRegion, #[source] io::Error),
     #[error("guest memory regions overlap or wrap around at guest address {0:#x}")]
     BadLayout(u64),
     #[error("cannot take all of {size} of guest memory from the host (prefault=on)", size = readable(*.0))]
@@ -122,12 +126,12 @@ impl GuestRam {
         if size > host {
             return Err(MemoryError::MoreThanHost(size, host));
         }
-        let file = match options.backing {
-            Backing::Memfd => memfd(size)?,
+        let (file, page_size) = match options.backing {
+            Backing::Memfd => (memfd(size)?, PAGE),
             Backing::Hugetlbfs => hugetlb(size, options.page_size)?,
         };
         let file = Arc::new(File::from(file));
-        let memory = map(&file, regions, options.backing)?;
+        let memory = map(&file, regions, page_size, options.backing)?;
         let ram = Self { memory, file, size, backing: options.backing };
         if options.prefault {
             ram.prefault()?;
@@ -137,6 +141,11 @@ impl GuestRam {
 
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
     }
 
     /// The file to hand to a daemon, whose `SET_MEM_TABLE` names offsets in it.
@@ -155,27 +164,49 @@ impl GuestRam {
 
     /// Makes all of RAM read as zeroes and gives its pages back to the host: what a reset machine starts with.
     pub fn clear(&self) -> Result<(), MemoryError> {
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, punch, 0, self.size).map_err(|error| MemoryError::Clear(error.into()))?;
+        self.punch().map_err(|error| MemoryError::Clear(error.into()))?;
         if self.backing == Backing::Hugetlbfs {
             // A hole loses its reservation, and a fault without one kills the process when the pool is empty. Mapping
             // the file anew reserves what is missing; the reservation stays with the file.
-            let whole = RamRegion { gpa: 0, size: self.size, file_offset: 0 };
-            map_region(&self.file, &whole, self.backing)?;
+            mapping::reserve(&self.file, self.size).map_err(MemoryError::Clear)?;
         }
         Ok(())
     }
 
-    fn prefault(&self) -> Result<(), MemoryError> {
-        for region in self.regions() {
-            // SAFETY: the range is exactly one of our mappings, which lives as long as self; populating it changes no
-            // byte of it.
-            unsafe {
-                madvise(region.host_address as *mut _, region.size as usize, Advice::LinuxPopulateWrite)
-            }
-            .map_err(|error| MemoryError::Prefault(self.size, error.into()))?;
+    fn punch(&self) -> rustix::io::Result<()> {
+        fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, self.size)
+    }
+
+    /// Takes the guest-physical `range` from the host in huge pages, as far as it is RAM. Best effort: where the host has
+    /// no huge page left, or its kernel (before 6.1) no way to ask, the guest's touch takes small pages as ever.
+    ///
+    /// A small page costs an exit each when the guest first touches it. An anonymous mapping would get huge pages by
+    /// itself; for a shared file most hosts have that off (transparent_hugepage/shmem_enabled), so it is asked for.
+    pub fn take_huge_pages(&self, range: Range<u64>) {
+        if self.backing == Backing::Hugetlbfs {
+            return;
         }
-        Ok(())
+        for region in self.regions() {
+            let start = range.start.max(region.gpa);
+            let end = range.end.min(region.gpa + region.size);
+            if start < end {
+                mapping::collapse(&region, start - region.gpa..end - region.gpa);
+            }
+        }
+    }
+
+    fn prefault(&self) -> Result<(), MemoryError> {
+        self.regions()
+            .try_for_each(|region| mapping::populate(&region))
+            .map_err(|error| MemoryError::Prefault(self.size, error))
+    }
+}
+
+/// The mappings stay, but not what is in them.
+impl Drop for GuestRam {
+    fn drop(&mut self) {
+        // The host gets its memory back at the latest when the process ends.
+        let _ = self.punch();
     }
 }
 
@@ -202,7 +233,8 @@ fn memfd(size: u64) -> Result<OwnedFd, MemoryError> {
     create().map_err(|error| MemoryError::Create(size, error.into()))
 }
 
-fn hugetlb(size: u64, page_size: Option<u64>) -> Result<OwnedFd, MemoryError> {
+/// The file and its page size.
+fn hugetlb(size: u64, page_size: Option<u64>) -> Result<(OwnedFd, u64), MemoryError> {
     let pages = HugePages::of(page_size)?;
     if !size.is_multiple_of(pages.size) {
         return Err(MemoryError::NotWholePages(size, pages.size));
@@ -217,13 +249,20 @@ fn hugetlb(size: u64, page_size: Option<u64>) -> Result<OwnedFd, MemoryError> {
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Ok(fd)
     };
-    create().map_err(|error| MemoryError::Create(size, error.into()))
+    let fd = create().map_err(|error| MemoryError::Create(size, error.into()))?;
+    Ok((fd, pages.size))
 }
 
-fn map(file: &Arc<File>, regions: &[RamRegion], backing: Backing) -> Result<GuestMemory, MemoryError> {
+fn map(
+    file: &Arc<File>,
+    regions: &[RamRegion],
+    page_size: u64,
+    backing: Backing,
+) -> Result<GuestMemory, MemoryError> {
     let mut mapped = Vec::with_capacity(regions.len());
     for region in regions {
-        let mapping = map_region(file, region, backing)?;
+        let mapping = mapping::map(file, region, page_size, map_flags(backing))
+            .map_err(|error| MemoryError::Map(*region, error))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(region.gpa))
             .ok_or(MemoryError::BadLayout(region.gpa))?;
         mapped.push(region);
@@ -232,16 +271,12 @@ fn map(file: &Arc<File>, regions: &[RamRegion], backing: Backing) -> Result<Gues
     GuestMemory::from_regions(mapped).map_err(|_| MemoryError::BadLayout(first))
 }
 
-fn map_region(file: &Arc<File>, region: &RamRegion, backing: Backing) -> Result<MmapRegion<()>, MemoryError> {
-    let flags = match backing {
-        Backing::Memfd => libc::MAP_SHARED | libc::MAP_NORESERVE,
+fn map_flags(backing: Backing) -> MapFlags {
+    match backing {
+        Backing::Memfd => MapFlags::SHARED | MapFlags::NORESERVE,
         // Without a reservation an empty pool shows as SIGBUS in the middle of the guest's life, not here.
-        Backing::Hugetlbfs => libc::MAP_SHARED,
-    };
-    let offset = FileOffset::from_arc(Arc::clone(file), region.file_offset);
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    MmapRegion::build(Some(offset), region.size as usize, protection, flags)
-        .map_err(|error| MemoryError::Map(*region, error))
+        Backing::Hugetlbfs => MapFlags::SHARED,
+    }
 }
 
 /// A size for a person: exact in the largest unit that leaves no more than a few digits.

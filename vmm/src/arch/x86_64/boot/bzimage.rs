@@ -11,7 +11,7 @@ use super::{
 use crate::arch::x86_64::layout::{ACPI_TABLES, COMMAND_LINE, ZERO_PAGE};
 use crate::arch::x86_64::regs;
 use crate::kvm::vcpu::EntryState;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, GuestRam};
 
 const SECTOR: u64 = 512;
 /// The setup header starts here, in the file and in the zero page; its length is known only from the byte at 0x201.
@@ -63,9 +63,10 @@ impl ZeroPage {
     }
 }
 
-pub(super) fn load(memory: &GuestMemory, boot: &Boot) -> Result<EntryState, BootError> {
+pub(super) fn load(ram: &GuestRam, boot: &Boot) -> Result<EntryState, BootError> {
+    let memory = ram.memory();
     let mut page = read_setup_header(boot)?;
-    let (kernel, kernel_end) = load_kernel(memory, boot, &page)?;
+    let (kernel, kernel_end) = load_kernel(ram, boot, &page)?;
 
     let most = u32::from_le_bytes(page.get(zero_page::CMDLINE_SIZE)).into();
     write_command_line(memory, &boot.command_line, most)?;
@@ -103,7 +104,7 @@ fn read_setup_header(boot: &Boot) -> Result<ZeroPage, BootError> {
 }
 
 /// Where the kernel proper lies, and the end of the memory it uses before it knows the memory map.
-fn load_kernel(memory: &GuestMemory, boot: &Boot, page: &ZeroPage) -> Result<(Loaded, u64), BootError> {
+fn load_kernel(ram: &GuestRam, boot: &Boot, page: &ZeroPage) -> Result<(Loaded, u64), BootError> {
     let sectors = match page.get::<1>(zero_page::SETUP_SECTS)[0] {
         0 => 4,
         sectors => u64::from(sectors),
@@ -115,9 +116,11 @@ fn load_kernel(memory: &GuestMemory, boot: &Boot, page: &ZeroPage) -> Result<(Lo
 
     let gpa = u64::from_le_bytes(page.get(zero_page::PREF_ADDRESS));
     let needed = u64::from(u32::from_le_bytes(page.get(zero_page::INIT_SIZE))).max(size);
-    check_kernel(memory, gpa, needed)?;
+    check_kernel(ram.memory(), gpa, needed)?;
+    // Only these: it unpacks itself to an address of its own choice.
+    ram.take_huge_pages(gpa..gpa + size);
     let target = Loaded { gpa, size };
-    copy(memory, &boot.kernel, "kernel", offset, target)?;
+    copy(ram.memory(), &boot.kernel, "kernel", offset, target)?;
     Ok((target, gpa + needed))
 }
 

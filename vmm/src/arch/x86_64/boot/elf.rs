@@ -13,7 +13,7 @@ use super::{
 use crate::arch::x86_64::layout::{ACPI_TABLES, COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
 use crate::arch::x86_64::regs;
 use crate::kvm::vcpu::EntryState;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, GuestRam};
 
 const EHDR: usize = 64;
 const PHDR: usize = 56;
@@ -25,6 +25,9 @@ const PT_NOTE: u32 = 4;
 const MOST_HEADERS: u16 = 128;
 /// Bytes of a note segment worth reading.
 const MOST_NOTES: u64 = 64 << 10;
+
+/// Bytes after the kernel that Linux 6.1 uses before its first process.
+const FIRST_ALLOCATIONS: u64 = 28 << 20;
 
 const NOTE_OWNER: &[u8] = b"Xen\0";
 /// XEN_ELFNOTE_PHYS32_ENTRY
@@ -47,10 +50,11 @@ struct Segment {
     memory_size: u64,
 }
 
-pub(super) fn load(memory: &GuestMemory, boot: &Boot) -> Result<EntryState, BootError> {
+pub(super) fn load(ram: &GuestRam, boot: &Boot) -> Result<EntryState, BootError> {
+    let memory = ram.memory();
     let segments = read_segments(&boot.kernel)?;
     let entry = pvh_entry(&boot.kernel, &segments)?;
-    let kernel_end = load_segments(memory, &boot.kernel, &segments)?;
+    let kernel_end = load_segments(ram, &boot.kernel, &segments)?;
     write_command_line(memory, &boot.command_line, MOST_COMMAND_LINE)?;
     let initrd = boot
         .initrd
@@ -85,21 +89,27 @@ fn read_segments(kernel: &File) -> Result<Vec<Segment>, BootError> {
 }
 
 /// The end of the highest segment. Memory reads as zeroes, so only what is in the file is written.
-fn load_segments(memory: &GuestMemory, kernel: &File, segments: &[Segment]) -> Result<u64, BootError> {
-    let mut end = 0;
-    for segment in segments.iter().filter(|segment| segment.kind == PT_LOAD && segment.memory_size > 0) {
-        let size = segment.memory_size.max(segment.file_size);
-        check_kernel(memory, segment.paddr, size)?;
-        copy(
-            memory,
-            kernel,
-            "kernel",
-            segment.offset,
-            Loaded { gpa: segment.paddr, size: segment.file_size },
-        )?;
-        end = end.max(segment.paddr + size);
+fn load_segments(ram: &GuestRam, kernel: &File, segments: &[Segment]) -> Result<u64, BootError> {
+    let loaded: Vec<_> = segments
+        .iter()
+        .filter(|segment| segment.kind == PT_LOAD && segment.memory_size > 0)
+        .map(|segment| (segment, segment.memory_size.max(segment.file_size)))
+        .collect();
+    for (segment, size) in &loaded {
+        check_kernel(ram.memory(), segment.paddr, *size)?;
     }
-    if end == 0 { Err(BootError::Truncated("it has nothing to load")) } else { Ok(end) }
+    let start = loaded.iter().map(|(segment, _)| segment.paddr).min();
+    let end = loaded.iter().map(|(segment, size)| segment.paddr + size).max();
+    let Some((start, end)) = start.zip(end) else {
+        return Err(BootError::Truncated("it has nothing to load"));
+    };
+    // An ELF kernel is where it stays, and what follows is what its allocator hands out first.
+    ram.take_huge_pages(start..end.saturating_add(FIRST_ALLOCATIONS));
+    for (segment, _) in loaded {
+        let target = Loaded { gpa: segment.paddr, size: segment.file_size };
+        copy(ram.memory(), kernel, "kernel", segment.offset, target)?;
+    }
+    Ok(end)
 }
 
 fn pvh_entry(kernel: &File, segments: &[Segment]) -> Result<u32, BootError> {

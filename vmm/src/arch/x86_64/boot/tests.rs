@@ -138,8 +138,8 @@ fn what_does_not_fit_is_refused_with_figures() {
 #[test]
 fn a_truncated_kernel_is_an_error() {
     for (kernel, least) in [(bzimage(), 1024 + 1), (elf(16 * MIB, 4096, true), 0x2000)] {
-        for length in (0..least).step_by(7) {
-            assert!(boot(64 * MIB, &kernel[..length], None, "").is_err(), "{length} bytes");
+        for length in (0..least).step_by(13) {
+            assert!(boot(24 * MIB, &kernel[..length], None, "").is_err(), "{length} bytes");
         }
     }
 }
@@ -151,7 +151,7 @@ fn no_garbled_header_makes_it_panic() {
         let refused = (0..headers).filter(|at| {
             let mut garbled = kernel.clone();
             garbled[*at] ^= 0xff;
-            boot(64 * MIB, &garbled, None, "").is_err()
+            boot(24 * MIB, &garbled, None, "").is_err()
         });
         assert!(refused.count() > 10);
     }
