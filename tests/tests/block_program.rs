@@ -133,42 +133,6 @@ fn a_disk_in_use_names_its_user() {
 }
 
 #[test]
-fn qemu_and_cleave_see_each_others_locks() {
-    let image = disk(MIB);
-    let path = image.path().to_str().unwrap();
-    let mut daemon = start(&image, &[]);
-    let output = Command::new("qemu-io")
-        .args(["-f", "raw", "-c", "read 0 512", path])
-        .output()
-        .expect("qemu-io, of qemu-utils");
-    assert!(said(&output).contains("lock"), "qemu-io took no notice of our lock: {}", said(&output));
-    daemon.signal(Signal::TERM).unwrap();
-    daemon.wait().unwrap();
-
-    let qemu = Command::new("qemu-io")
-        .args(["-f", "raw", path])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let id = qemu.id();
-    let _qemu = Killed(qemu);
-    let who = format!("qemu-io (process {id})");
-    let locked = || {
-        fs::read_dir(format!("/proc/{id}/fdinfo"))
-            .unwrap()
-            .flatten()
-            .any(|entry| fs::read_to_string(entry.path()).is_ok_and(|info| info.contains("OFDLCK")))
-    };
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !locked() {
-        assert!(Instant::now() < deadline, "qemu-io does not open the disk");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    fails(block().args(["--socket-path", "/nowhere/s", "--blk-file", path]), 3, &["is in use", &who]);
-}
-
-#[test]
 fn sockets_that_are_in_the_way() {
     let image = disk(MIB);
     let other = disk(MIB);

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use cleave_common::size::ByteSize;
+use cleave_tests::cache::Cache;
 use cleave_tests::driver::{BlockDriver, Daemon, DriverError, Frontend, Load, binary};
+use cleave_tests::tools::Tools;
 
 /// Measure vhost-user block daemons beside fio's io_uring, on one file, in turns
 #[derive(Debug, Parser)]
@@ -163,11 +165,18 @@ fn measure(args: &Args, peer: Peer) -> Result<Turn, DriverError> {
             drive(args, Frontend::over(daemon.connect()?), Some(&daemon))
         }
         Peer::Qsd => {
-            let daemon =
-                Daemon::start_other("qemu-storage-daemon", |socket| qsd_arguments(&file, socket, &queues))?;
+            let program = tools()?.bin().join("qemu-storage-daemon");
+            let daemon = Daemon::start_other(&program, |socket| qsd_arguments(&file, socket, &queues))?;
             drive(args, Frontend::over(daemon.connect()?), Some(&daemon))
         }
     }
+}
+
+/// The peers come from Debian's packages, whatever this machine has of its own.
+fn tools() -> Result<Tools, DriverError> {
+    Cache::open()
+        .and_then(|cache| Tools::open(&cache))
+        .map_err(|error| DriverError::Daemon(error.to_string()))
 }
 
 fn qsd_arguments(file: &str, socket: &Path, queues: &str) -> Vec<String> {
@@ -212,7 +221,7 @@ fn drive(args: &Args, frontend: Frontend, daemon: Option<&Daemon>) -> Result<Tur
 }
 
 fn fio(args: &Args) -> Result<Turn, DriverError> {
-    let mut fio = Command::new("fio");
+    let mut fio = tools()?.command("fio");
     fio.args(["--name=bench", "--ioengine=io_uring", "--direct=1", "--time_based", "--group_reporting"]);
     fio.args(["--thread", "--norandommap", "--output-format=json"]);
     fio.arg(format!("--filename={}", args.file.display()));

@@ -50,7 +50,7 @@ impl Daemon {
     }
 
     /// Starts another program that will listen on the path that `arguments` is given.
-    pub fn start_other(program: &str, arguments: impl FnOnce(&Path) -> Vec<String>) -> Result<Self> {
+    pub fn start_other(program: &Path, arguments: impl FnOnce(&Path) -> Vec<String>) -> Result<Self> {
         let directory = socket_directory()?;
         let socket = directory.path().join("socket");
         let mut command = Command::new(program);

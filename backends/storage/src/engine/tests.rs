@@ -1,1 +1,165 @@
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
 
+use proptest::prelude::*;
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::*;
+use crate::image::ImageOptions;
+
+const LEN: usize = 1 << 20;
+
+fn content() -> Vec<u8> {
+    (0..LEN).map(|at| (at / 512) as u8 ^ at as u8).collect()
+}
+
+fn engine(cache: CacheMode, depth: u16) -> (tempfile::NamedTempFile, Engine) {
+    let mut file =
+        tempfile::NamedTempFile::new_in(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target")).unwrap();
+    file.write_all(&content()).unwrap();
+    let options = ImageOptions { path: file.path().to_owned(), read_only: false, cache };
+    let engine = Engine::new(Arc::new(Image::open(&options).unwrap()), depth).unwrap();
+    (file, engine)
+}
+
+fn iovec(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
+}
+
+fn done(engine: &mut Engine) -> (u16, io::Result<()>) {
+    loop {
+        match engine.next_event() {
+            Some(Event::Done { tag, result }) => return (tag, result),
+            Some(other) => panic!("{other:?}"),
+            None => engine.wait().unwrap(),
+        }
+    }
+}
+
+fn transfer(engine: &mut Engine, what: Transfer, buffers: &mut [&mut [u8]]) -> io::Result<()> {
+    let buffers: Vec<_> = buffers.iter_mut().map(|buffer| iovec(buffer)).collect();
+    // SAFETY: the caller's buffers outlive this call, which ends with the event.
+    unsafe { engine.transfer(3, what, buffers) };
+    let (tag, result) = done(engine);
+    assert_eq!((tag, engine.in_flight()), (3, 0));
+    result
+}
+
+#[test]
+fn bytes_go_both_ways_whatever_their_alignment() {
+    for cache in [CacheMode::None, CacheMode::Writeback, CacheMode::Writethrough] {
+        let (mut file, mut engine) = engine(cache, 8);
+        let mut expected = content();
+        for shift in [0, 1, 512] {
+            // Longer than a piece of aligned memory.
+            let mut memory = vec![shift as u8 + 1; (300 << 10) + shift];
+            let bytes = &mut memory[shift..];
+            expected[4096..4096 + bytes.len()].copy_from_slice(bytes);
+            transfer(&mut engine, Transfer::write(4096, shift == 1), &mut [bytes]).unwrap();
+
+            let mut memory = vec![0; (300 << 10) + 4096 + shift];
+            let (a, b) = memory[shift..].split_at_mut(5);
+            transfer(&mut engine, Transfer::read(0), &mut [a, b]).unwrap();
+            assert!(memory[shift..] == expected[..memory.len() - shift], "{cache:?} shifted by {shift}");
+        }
+        engine.flush(0);
+        done(&mut engine).1.unwrap();
+        let mut on_disk = Vec::new();
+        file.reopen().unwrap().read_to_end(&mut on_disk).unwrap();
+        assert!(on_disk == expected);
+        file.flush().unwrap();
+    }
+}
+
+#[test]
+fn nothing_to_move_is_done_at_once() {
+    let (_file, mut engine) = engine(CacheMode::None, 8);
+    transfer(&mut engine, Transfer::read(0), &mut []).unwrap();
+    transfer(&mut engine, Transfer::write(0, false), &mut [&mut []]).unwrap();
+}
+
+#[test]
+fn an_end_before_the_end_is_an_error() {
+    let (file, mut engine) = engine(CacheMode::Writeback, 8);
+    file.as_file().set_len(1000).unwrap();
+    let mut memory = vec![0; 1536];
+    let error = transfer(&mut engine, Transfer::read(0), &mut [&mut memory]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn more_requests_than_the_kernels_queue_holds() {
+    const DEPTH: u16 = 1024;
+    let (_file, mut engine) = engine(CacheMode::Writeback, DEPTH);
+    let mut memory = vec![0; usize::from(DEPTH) * 512];
+    for (tag, block) in memory.chunks_mut(512).enumerate() {
+        // SAFETY: `memory` lives until all events have come.
+        unsafe { engine.transfer(tag as u16, Transfer::read(tag as u64 * 512), [iovec(block)]) };
+        assert!(engine.is_busy(tag as u16));
+    }
+    let mut seen = vec![false; usize::from(DEPTH)];
+    while engine.in_flight() > 0 {
+        let (tag, result) = done(&mut engine);
+        result.unwrap();
+        assert!(!std::mem::replace(&mut seen[usize::from(tag)], true), "{tag} twice");
+    }
+    assert!(memory == content()[..memory.len()]);
+}
+
+#[test]
+fn watches_report_each_edge_until_they_end() {
+    let (_file, mut engine) = engine(CacheMode::Writeback, 8);
+    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let id = engine.watch(event.as_fd());
+    engine.poll().unwrap();
+    assert!(engine.next_event().is_none());
+    for _ in 0..100 {
+        rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
+        engine.wait().unwrap();
+        assert!(matches!(engine.next_event(), Some(Event::Readable(got)) if got == id));
+        assert!(engine.next_event().is_none());
+    }
+    engine.unwatch(id);
+    engine.poll().unwrap();
+    rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
+    engine.poll().unwrap();
+    assert!(engine.next_event().is_none());
+
+    // A descriptor that hangs up is given up.
+    let (read_end, write_end) = rustix::pipe::pipe().unwrap();
+    let id = engine.watch(read_end.as_fd());
+    drop(write_end);
+    engine.wait().unwrap();
+    assert!(matches!(engine.next_event(), Some(Event::WatchLost(got)) if got == id));
+    engine.poll().unwrap();
+    assert!(engine.next_event().is_none());
+}
+
+#[test]
+#[should_panic(expected = "is in flight")]
+fn a_tag_is_used_once_at_a_time() {
+    let (_file, mut engine) = engine(CacheMode::Writeback, 8);
+    engine.flush(1);
+    engine.flush(1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(40) })]
+
+    #[test]
+    fn any_cut_reads_what_is_there(cuts in prop::collection::vec(1usize..3000, 1..40), shift in 0usize..600, sector in 0u64..500) {
+        let (_file, mut engine) = engine(CacheMode::None, 8);
+        let total: usize = cuts.iter().sum::<usize>() / 512 * 512;
+        let mut memory = vec![0; total + shift];
+        let mut rest = &mut memory[shift..];
+        let mut buffers: Vec<&mut [u8]> = Vec::new();
+        for cut in cuts {
+            let (buffer, later) = rest.split_at_mut(cut.min(rest.len()));
+            buffers.push(buffer);
+            rest = later;
+        }
+        transfer(&mut engine, Transfer::read(sector * 512), &mut buffers).unwrap();
+        let from = sector as usize * 512;
+        prop_assert!(memory[shift..] == content()[from..from + total]);
+    }
+}

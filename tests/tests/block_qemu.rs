@@ -1,0 +1,142 @@
+//! cleave-block with programs nobody here wrote: QEMU as its frontend, a stock kernel as its driver, and QEMU's locks.
+//!
+//! QEMU emulates the processor, so that no KVM is needed.
+
+mod common;
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use cleave_tests::cache::Cache;
+use cleave_tests::driver::Daemon;
+use cleave_tests::guest;
+use cleave_tests::kernel::Kernel;
+use cleave_tests::tools::Tools;
+use cleave_tests::vm::Vm;
+use common::{MIB, disk, pattern, start};
+use rustix::process::Signal;
+
+/// Writes to both ends of the disk from both processors, reads all back past the page cache, and says what it sees.
+const SCRIPT: &str = r#"
+set -e
+cd /sys/block/vda
+echo "SIZE $(cat size) CACHE $(cat queue/write_cache | tr ' ' -) SERIAL $(cat serial) QUEUES $(ls mq | wc -l) RO $(cat ro)"
+cd /tmp
+dd if=/dev/urandom of=a bs=1M count=4 2>/dev/null
+dd if=/dev/urandom of=b bs=1M count=4 2>/dev/null
+taskset 1 dd if=a of=/dev/vda bs=4k oflag=direct 2>/dev/null &
+taskset 2 dd if=b of=/dev/vda bs=64k seek=192 oflag=direct 2>/dev/null
+wait
+dd if=a of=/dev/vda bs=512 count=3 seek=16385 2>/dev/null
+sync
+echo 3 > /proc/sys/vm/drop_caches
+dd if=/dev/vda bs=1M count=4 2>/dev/null | cmp - a
+dd if=/dev/vda bs=1M skip=12 count=4 2>/dev/null | cmp - b
+echo "FIRST $(md5sum < a | cut -c1-32) SECOND $(md5sum < b | cut -c1-32)"
+grep virtio0-req /proc/interrupts
+echo VERIFIED
+"#;
+
+fn md5(bytes: &[u8]) -> String {
+    use std::io::Write;
+    let mut child = Command::new("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("md5sum, of coreutils");
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()[..32].to_owned()
+}
+
+fn qemu(cache: &Cache, daemon: &Daemon, script: &str) -> Vm {
+    let kernel = Kernel::of_guests(cache).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let initrd = directory.path().join("initrd");
+    guest::with_script(&guest::initramfs(cache).unwrap(), script, &initrd).unwrap();
+    let mut command = Command::new(Tools::open(cache).unwrap().qemu_path());
+    command.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512M"]);
+    command.args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem"]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+    command.arg("-kernel").arg(kernel.bzimage()).arg("-initrd").arg(&initrd);
+    command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
+    command.arg("-chardev").arg(format!("socket,id=c0,path={}", daemon.socket.display()));
+    command.args(["-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"]);
+    let vm = Vm::start(&mut command).unwrap();
+    // QEMU has read its files by the time the guest runs.
+    vm.expect("INIT-REACHED", Duration::from_secs(120)).unwrap();
+    vm
+}
+
+#[test]
+fn a_stock_kernel_in_qemu_writes_and_reads_its_disk() {
+    let cache = Cache::open().unwrap();
+    for mode in ["none", "writeback"] {
+        let image = disk(16 * MIB);
+        let mut daemon = start(
+            &image,
+            &["--cache", mode, "--num-queues", "2", "--serial", "cleave-serial", "--queue-size", "256"],
+        );
+        let vm = qemu(&cache, &daemon, SCRIPT);
+        let said = vm.expect("SCRIPT-ENDED", Duration::from_secs(120)).unwrap();
+        vm.finish(Duration::from_secs(60)).unwrap();
+        assert!(said.contains("SIZE 32768 CACHE write-back SERIAL cleave-serial QUEUES 2 RO 0"), "{said}");
+        assert!(said.contains("VERIFIED"), "{said}");
+        for queue in ["virtio0-req.0", "virtio0-req.1"] {
+            assert!(said.contains(queue), "{queue} has no interrupt: {said}");
+        }
+        assert!(daemon.is_running(), "the daemon outlives its frontend");
+        daemon.signal(Signal::TERM).unwrap();
+        assert_eq!(daemon.wait().unwrap().code(), Some(0));
+
+        let on_disk = fs::read(image.path()).unwrap();
+        let (first, second) = (md5(&on_disk[..4 << 20]), md5(&on_disk[12 << 20..]));
+        assert!(said.contains(&format!("FIRST {first} SECOND {second}")), "{said}");
+        // Three sectors in the middle, and nothing beside them.
+        let middle = 16385 * 512;
+        assert!(on_disk[middle..middle + 1536] == on_disk[..1536]);
+        let before = pattern(0, 16 << 20);
+        assert!(on_disk[4 << 20..middle] == before[4 << 20..middle]);
+        assert!(on_disk[middle + 1536..12 << 20] == before[middle + 1536..12 << 20]);
+    }
+}
+
+#[test]
+fn a_stock_kernel_sees_a_readonly_disk() {
+    let cache = Cache::open().unwrap();
+    let image = disk(MIB);
+    let daemon = start(&image, &["--read-only", "--num-queues", "2"]);
+    let script = "echo RO $(cat /sys/block/vda/ro) $(head -c 1048576 /dev/vda | md5sum | cut -c1-32)";
+    let vm = qemu(&cache, &daemon, script);
+    let said = vm.expect("SCRIPT-ENDED", Duration::from_secs(60)).unwrap();
+    assert!(said.contains(&format!("RO 1 {}", md5(&pattern(0, MIB as usize)))), "{said}");
+    vm.finish(Duration::from_secs(60)).unwrap();
+}
+
+#[test]
+fn qemu_and_cleave_see_each_others_locks() {
+    let tools = Tools::open(&Cache::open().unwrap()).unwrap();
+    let image = disk(MIB);
+    let path = image.path().to_str().unwrap();
+    let mut daemon = start(&image, &[]);
+    let output = tools.command("qemu-io").args(["-f", "raw", "-c", "read 0 512", path]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("lock"), "qemu-io took no notice of our lock: {said}");
+    daemon.signal(Signal::TERM).unwrap();
+    daemon.wait().unwrap();
+
+    let mut qemu = tools.command("qemu-io");
+    let qemu = Vm::start(qemu.args(["-f", "raw", path])).unwrap();
+    let pid = qemu.pid();
+    let locked = || {
+        let fds = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap().flatten();
+        fds.into_iter().any(|fd| fs::read_to_string(fd.path()).is_ok_and(|info| info.contains("OFDLCK")))
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !locked() {
+        assert!(Instant::now() < deadline, "qemu-io does not open the disk");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let failed = Daemon::start("cleave-block", &["--blk-file", path]).err().unwrap().to_string();
+    assert!(failed.contains("is in use") && failed.contains(&format!("(process {pid})")), "{failed}");
+}
