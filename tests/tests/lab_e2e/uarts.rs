@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -63,31 +64,37 @@ fn terminal(rig: &Rig) -> Outcome<()> {
         .write(true)
         .open(name.to_string_lossy().as_ref())
         .map_err(|error| format!("open the terminal: {error}"))?;
-    let before = rustix::termios::tcgetattr(&theirs).map_err(fail("tcgetattr"))?;
+    // Asked on our side: the other hangs up with its session.
+    let before = rustix::termios::tcgetattr(&ours).map_err(fail("tcgetattr"))?;
     let again = || theirs.try_clone().map_err(|error| error.to_string());
 
-    let mut command = rig.shell().command();
-    let mut child = command
+    // Keys are cleave's only where the terminal is its own: a session that it controls.
+    let cleave = rig.shell().command();
+    let mut child = std::process::Command::new("setsid")
+        .arg("--ctty")
+        .arg(cleave.get_program())
+        .args(cleave.get_args())
         .stdin(again()?)
         .stdout(again()?)
         .stderr(again()?)
         .spawn()
         .map_err(|error| format!("start cleave: {error}"))?;
-    let result = quit_by_keys(ours.into(), &mut child);
+    let result = quit_by_keys(&ours, &mut child);
     let _ = child.kill();
     let _ = child.wait();
     result?;
 
-    let after = rustix::termios::tcgetattr(&theirs).map_err(fail("tcgetattr"))?;
+    let after = rustix::termios::tcgetattr(&ours).map_err(fail("tcgetattr"))?;
     if before.local_modes == after.local_modes && before.input_modes == after.input_modes {
         return Ok(());
     }
     Err(format!("the terminal is not as it was: {:?}, then {:?}", before.local_modes, after.local_modes))
 }
 
-fn quit_by_keys(ours: std::os::fd::OwnedFd, child: &mut std::process::Child) -> Outcome<()> {
-    rustix::io::ioctl_fionbio(&ours, true).map_err(|error| error.to_string())?;
-    let mut console = File::from(ours);
+fn quit_by_keys(ours: &OwnedFd, child: &mut std::process::Child) -> Outcome<()> {
+    let copy = ours.try_clone().map_err(|error| error.to_string())?;
+    rustix::io::ioctl_fionbio(&copy, true).map_err(|error| error.to_string())?;
+    let mut console = File::from(copy);
     read_until(&mut console, "SHELL", BOOT)?;
     // Ctrl-C is the guest's.
     console.write_all(b"\x03echo still-$((5 * 5))\n").map_err(|error| error.to_string())?;
@@ -101,5 +108,7 @@ fn quit_by_keys(ours: std::os::fd::OwnedFd, child: &mut std::process::Child) -> 
             None if Instant::now() > deadline => return Err("Ctrl-A x did not end cleave".to_owned()),
             None => std::thread::sleep(Duration::from_millis(20)),
         }
+        // A terminal that shows nothing more would keep cleave waiting for its last words.
+        let _ = console.read(&mut [0; 1024]);
     }
 }
