@@ -95,14 +95,12 @@ fn load_segments(ram: &GuestRam, kernel: &File, segments: &[Segment]) -> Result<
         .filter(|segment| segment.kind == PT_LOAD && segment.memory_size > 0)
         .map(|segment| (segment, segment.memory_size.max(segment.file_size)))
         .collect();
-    for (segment, size) in &loaded {
-        check_kernel(ram.memory(), segment.paddr, *size)?;
-    }
     let start = loaded.iter().map(|(segment, _)| segment.paddr).min();
-    let end = loaded.iter().map(|(segment, size)| segment.paddr + size).max();
+    let end = loaded.iter().map(|(segment, size)| segment.paddr.saturating_add(*size)).max();
     let Some((start, end)) = start.zip(end) else {
         return Err(BootError::Truncated("it has nothing to load"));
     };
+    check_kernel(ram.memory(), start, end - start)?;
     // An ELF kernel is where it stays, and what follows is what its allocator hands out first.
     ram.take_huge_pages(start..end.saturating_add(FIRST_ALLOCATIONS));
     for (segment, _) in loaded {

@@ -138,7 +138,7 @@ fn what_does_not_fit_is_refused_with_figures() {
 #[test]
 fn a_truncated_kernel_is_an_error() {
     for (kernel, least) in [(bzimage(), 1024 + 1), (elf(16 * MIB, 4096, true), 0x2000)] {
-        for length in (0..least).step_by(13) {
+        for length in (0..least).step_by(61) {
             assert!(boot(24 * MIB, &kernel[..length], None, "").is_err(), "{length} bytes");
         }
     }
@@ -148,7 +148,7 @@ fn a_truncated_kernel_is_an_error() {
 fn no_garbled_header_makes_it_panic() {
     for kernel in [bzimage(), elf(16 * MIB, 4096, true)] {
         let headers = 0x268;
-        let refused = (0..headers).filter(|at| {
+        let refused = (0..headers).step_by(3).filter(|at| {
             let mut garbled = kernel.clone();
             garbled[*at] ^= 0xff;
             boot(24 * MIB, &garbled, None, "").is_err()
