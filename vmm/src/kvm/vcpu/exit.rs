@@ -39,6 +39,12 @@ impl fmt::Display for VcpuEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Parked => write!(f, "parked"),
+            Self::TripleFault { registers } if registers.after_init() => {
+                write!(
+                    f,
+                    "triple fault; this host's processor loses the state, what follows is that after INIT\n{registers}"
+                )
+            }
             Self::TripleFault { registers } => write!(f, "triple fault\n{registers}"),
             Self::InternalError { reason, registers } => {
                 write!(f, "KVM internal error: {reason}\n{registers}")
@@ -109,6 +115,11 @@ pub struct Registers(Option<Box<(kvm_regs, kvm_sregs)>>);
 impl Registers {
     pub(super) fn of(fd: &VcpuFd) -> Self {
         Self(fd.get_regs().ok().zip(fd.get_sregs().ok()).map(Box::new))
+    }
+
+    /// Whether this is the state after INIT, which KVM on AMD leaves behind a triple fault.
+    fn after_init(&self) -> bool {
+        self.0.as_ref().is_some_and(|both| both.0.rip == 0xfff0 && both.1.cs.base == 0xffff_0000)
     }
 
     pub fn rip(&self) -> Option<u64> {

@@ -153,6 +153,6 @@ fn no_garbled_header_makes_it_panic() {
             garbled[*at] ^= 0xff;
             boot(24 * MIB, &garbled, None, "").is_err()
         });
-        assert!(refused.count() > 10);
+        assert!(refused.count() > 3);
     }
 }
