@@ -38,7 +38,7 @@ pub(crate) fn serve(mut engine: Engine, inbox: &Inbox, disk: &Disk) {
 /// Most requests fetched before they are handed to the disk and its completions looked at. An idle disk gets its first
 /// request alone and at once; the batches double while it gets busy. So it works on the first ones while the next are
 /// prepared, and the guest on the first completions.
-const MAX_BATCH: usize = 8;
+const MAX_BATCH: usize = 4;
 
 /// What is needed to answer a request once the disk has done its part.
 #[derive(Debug, Clone, Copy, Default)]
