@@ -159,6 +159,47 @@ fn the_call_descriptor_may_change_while_the_ring_runs() {
 }
 
 #[test]
+fn a_call_descriptor_that_would_block_is_not_waited_for() {
+    let image = disk(MIB);
+    let daemon = start(&image, &[]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+    // Full: the next write to it blocks until somebody reads.
+    let full = eventfd(0, EventfdFlags::empty()).unwrap();
+    rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let which = VringFd { index: 0, no_fd: false };
+    driver.frontend.tell(Request::SetVringCall, &which, &[full.as_fd()]).unwrap();
+    submit_reads(&mut driver, 4);
+    driver.queues[0].kick_now().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while driver.frontend.stop_queue(0).unwrap() != 4 {
+        assert!(Instant::now() < deadline);
+        driver.frontend.start_queue(0, &driver.queues[0], driver.queues[0].used_idx()).unwrap();
+    }
+}
+
+#[test]
+fn a_kick_descriptor_may_be_anything() {
+    let image = disk(MIB);
+    let mut daemon = start(&image, &[]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+    let (pipe, writer) = rustix::pipe::pipe().unwrap();
+    drop(writer);
+    let (_ours, socket) = UnixStream::pair().unwrap();
+    let memory = driver.ram.fd().try_clone_to_owned().unwrap();
+    let which = VringFd { index: 0, no_fd: false };
+    for fd in [pipe.as_fd(), socket.as_fd(), memory.as_fd()] {
+        driver.frontend.tell(Request::SetVringKick, &which, &[fd]).unwrap();
+        let before = daemon.cpu_time().unwrap();
+        thread::sleep(A_WHILE);
+        assert!(daemon.cpu_time().unwrap() - before < A_WHILE / 2, "the daemon spins");
+    }
+    let fd = driver.queues[0].kick_fd().try_clone_to_owned().unwrap();
+    driver.frontend.tell(Request::SetVringKick, &which, &[fd.as_fd()]).unwrap();
+    assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
+    assert!(daemon.is_running());
+}
+
+#[test]
 fn memory_comes_and_goes_under_a_running_ring() {
     let image = disk(MIB);
     let daemon = start(&image, &["--cache", "none"]);

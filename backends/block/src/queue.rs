@@ -35,9 +35,10 @@ pub(crate) fn serve(mut engine: Engine, inbox: &Inbox, disk: &Disk) {
     }
 }
 
-/// Requests fetched before they are handed to the disk and its completions looked at. Small, so that the disk is busy with
-/// the first requests while the next are prepared, and the guest with the first completions.
-const BATCH: usize = 8;
+/// Most requests fetched before they are handed to the disk and its completions looked at. An idle disk gets its first
+/// request alone and at once; the batches double while it gets busy. So it works on the first ones while the next are
+/// prepared, and the guest on the first completions.
+const MAX_BATCH: usize = 4;
 
 /// What is needed to answer a request once the disk has done its part.
 #[derive(Debug, Clone, Copy, Default)]
@@ -115,7 +116,7 @@ impl<'e> Queue<'e> {
     /// Bounded, so that a guest that never stops does not keep the thread from its commands.
     fn fetch_some(&mut self) -> Result<bool, RingError> {
         self.vring.disable_kicks()?;
-        for _ in 0..BATCH {
+        for _ in 0..self.engine.in_flight().clamp(1, MAX_BATCH) {
             match self.vring.next_head()? {
                 Some(head) => self.begin(head)?,
                 None if self.vring.enable_kicks()? => self.vring.disable_kicks()?,

@@ -159,6 +159,14 @@ impl Daemon {
         Ok(total)
     }
 
+    /// The ids of its threads.
+    pub fn threads(&self) -> Result<Vec<Pid>> {
+        let tasks =
+            fs::read_dir(format!("/proc/{}/task", self.pid())).map_err(DriverError::io("read /proc"))?;
+        let ids = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
+        Ok(ids.filter_map(Pid::from_raw).collect())
+    }
+
     /// The CPU time its threads have used. What the kernel does for it in threads of its own (io-wq) is not in it.
     pub fn cpu_time(&self) -> Result<Duration> {
         let tasks =

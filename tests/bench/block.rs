@@ -11,6 +11,7 @@ use cleave_common::size::ByteSize;
 use cleave_tests::cache::Cache;
 use cleave_tests::driver::{BlockDriver, Daemon, DriverError, Frontend, Load, binary};
 use cleave_tests::tools::Tools;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Measure vhost-user block daemons beside fio's io_uring, on one file, in turns
 #[derive(Debug, Parser)]
@@ -47,6 +48,11 @@ struct Args {
     /// How the driver learns of completions
     #[arg(long, value_enum, default_value_t = Driver::Poll)]
     driver: Driver,
+
+    /// Run fio and the daemons on this CPU and the driver on the others. Which CPU takes the disk's interrupts makes more
+    /// difference than anything else on a small machine, so that it is to be the same for all
+    #[arg(long, value_name = "CPU")]
+    pin: Option<usize>,
 
     /// Seconds each turn lasts
     #[arg(long, default_value_t = 3.0)]
@@ -124,6 +130,7 @@ fn main() -> std::process::ExitCode {
 
 fn run(args: &Args) -> Result<(), DriverError> {
     prepare(args)?;
+    args.pin.map_or(Ok(()), pin_driver)?;
     let mut names: Vec<String> = args.peers.iter().map(|peer| format!("{peer:?}").to_lowercase()).collect();
     names.extend(args.socket.iter().map(|socket| socket.display().to_string()));
     let mut turns = vec![Vec::new(); names.len()];
@@ -162,14 +169,35 @@ fn measure(args: &Args, peer: Peer) -> Result<Turn, DriverError> {
             binary("cleave-block")?;
             let flags = ["--blk-file", &file, "--cache", "none", "--num-queues", &queues];
             let daemon = Daemon::start("cleave-block", &flags)?;
+            pin_daemon(args, &daemon)?;
             drive(args, Frontend::over(daemon.connect()?), Some(&daemon))
         }
         Peer::Qsd => {
             let program = tools()?.bin().join("qemu-storage-daemon");
             let daemon = Daemon::start_other(&program, |socket| qsd_arguments(&file, socket, &queues))?;
+            pin_daemon(args, &daemon)?;
             drive(args, Frontend::over(daemon.connect()?), Some(&daemon))
         }
     }
+}
+
+/// Keeps this process, and so the driver's threads, off the CPU of what is measured.
+fn pin_driver(cpu: usize) -> Result<(), DriverError> {
+    let mut others = sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());
+    others.unset(cpu);
+    sched_setaffinity(None, &others)
+        .map_err(|errno| DriverError::Daemon(format!("--pin {cpu} leaves no CPU for the driver: {errno}")))
+}
+
+fn pin_daemon(args: &Args, daemon: &Daemon) -> Result<(), DriverError> {
+    let Some(cpu) = args.pin else { return Ok(()) };
+    let mut one = CpuSet::new();
+    one.set(cpu);
+    for thread in daemon.threads()? {
+        sched_setaffinity(Some(thread), &one)
+            .map_err(|errno| DriverError::Daemon(format!("cannot pin the daemon to CPU {cpu}: {errno}")))?;
+    }
+    Ok(())
 }
 
 /// The peers come from Debian's packages, whatever this machine has of its own.
@@ -228,6 +256,9 @@ fn fio(args: &Args) -> Result<Turn, DriverError> {
     fio.arg(format!("--rw={}", format!("{:?}", args.rw).to_lowercase()));
     fio.arg(format!("--bs={}", args.bs.bytes())).arg(format!("--iodepth={}", args.depth));
     fio.arg(format!("--numjobs={}", args.queues)).arg(format!("--runtime={}", args.secs.ceil()));
+    if let Some(cpu) = args.pin {
+        fio.arg(format!("--cpus_allowed={cpu}"));
+    }
     let output = run_program(&mut fio)?;
     let bad = || DriverError::Daemon("fio's answer is no JSON as it is known".into());
     let json: serde_json::Value = serde_json::from_slice(&output).map_err(|_| bad())?;
