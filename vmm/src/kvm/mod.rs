@@ -3,6 +3,8 @@
 //! [`Kvm`] is /dev/kvm, [`Vm`] one virtual machine, [`irq::Routes`] its interrupt routing, [`vcpu`] its threads.
 
 pub mod irq;
+#[cfg(test)]
+mod tests;
 pub mod vcpu;
 mod vm;
 
