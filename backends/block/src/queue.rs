@@ -119,15 +119,13 @@ impl<'e> Queue<'e> {
         for _ in 0..self.engine.in_flight().clamp(1, MAX_BATCH) {
             match self.vring.next_head()? {
                 Some(head) => self.begin(head)?,
-                None if self.vring.enable_kicks()? => self.vring.disable_kicks()?,
-                None => {
-                    self.vring.signal_used()?;
-                    return Ok(false);
-                }
+                None => break,
             }
         }
+        // Kicks are asked for only when there is nothing left to see.
+        let more = self.vring.has_available()? || self.vring.enable_kicks()?;
         self.vring.signal_used()?;
-        Ok(true)
+        Ok(more)
     }
 
     fn begin(&mut self, head: u16) -> Result<(), RingError> {

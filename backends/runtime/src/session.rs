@@ -75,7 +75,9 @@ pub(crate) enum Refusal {
     VringOutsideMemory,
     #[error("not before queue {0} is stopped")]
     Running(u16),
-    #[error("queue {0} without a kick descriptor would have to be polled, which this backend does not do")]
+    #[error(
+        "queue {0} needs a kick descriptor that can be waited for, an eventfd: this backend does not poll its rings"
+    )]
     NoKick(u8),
     #[error("bytes {offset} to {end} are outside config space")]
     ConfigRange { offset: u64, end: u64 },

@@ -81,6 +81,11 @@ impl Vring {
         self.ring.next_head(&self.memory)
     }
 
+    /// Whether [`Vring::next_head`] has something to give now.
+    pub fn has_available(&self) -> Result<bool, RingError> {
+        self.ring.has_available(&self.memory)
+    }
+
     /// Reads the descriptors behind `head` into `chain`.
     ///
     /// # Errors

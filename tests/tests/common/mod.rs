@@ -4,8 +4,9 @@
 use std::fs;
 use std::io::Write;
 
+use cleave_common::vhost_user::VringState;
 use cleave_tests::cache::target_directory;
-use cleave_tests::driver::Daemon;
+use cleave_tests::driver::{Daemon, DriverError};
 use tempfile::NamedTempFile;
 
 pub const MIB: u64 = 1 << 20;
@@ -37,4 +38,12 @@ pub fn start(image: &NamedTempFile, args: &[&str]) -> Daemon {
     let path = image.path().to_str().unwrap();
     let args: Vec<&str> = ["--blk-file", path].into_iter().chain(args.iter().copied()).collect();
     Daemon::start("cleave-block", &args).unwrap()
+}
+
+pub fn refused<T: std::fmt::Debug>(outcome: Result<T, DriverError>) {
+    assert!(matches!(outcome, Err(DriverError::Refused(_))), "{outcome:?}");
+}
+
+pub fn state(index: u32, num: u32) -> VringState {
+    VringState { index, num }
 }

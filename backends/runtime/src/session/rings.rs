@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use cleave_common::vhost_user::{Malformed, VringAddr, VringFd, VringState};
+use rustix::event::epoll;
 use tracing::{debug, warn};
 
 use super::{Answer, Refusal, Session};
@@ -164,7 +165,7 @@ impl Session<'_> {
 
     pub(super) fn set_vring_kick(&mut self, which: VringFd, fd: Option<OwnedFd>) -> Result<Answer, Refusal> {
         let (index, _) = self.slot(which.index.into())?;
-        let fd = fd.ok_or(Refusal::NoKick(which.index))?;
+        let fd = fd.filter(can_be_waited_for).ok_or(Refusal::NoKick(which.index))?;
         self.pause(index);
         // A ring that was started stays so: a kick that came on the old descriptor is not lost.
         self.rings[usize::from(index.0)].kick = Some(fd);
@@ -199,4 +200,13 @@ impl Session<'_> {
         }
         Ok(Answer::Done)
     }
+}
+
+/// Whether input on `fd` is an event. A regular file always has some: who waited for it would never rest. Only epoll knows
+/// the difference, and refuses such files.
+fn can_be_waited_for(fd: &OwnedFd) -> bool {
+    let data = epoll::EventData::new_u64(0);
+    epoll::create(epoll::CreateFlags::CLOEXEC)
+        .and_then(|set| epoll::add(set, fd, data, epoll::EventFlags::IN))
+        .is_ok()
 }

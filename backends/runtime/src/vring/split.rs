@@ -105,6 +105,10 @@ impl SplitRing {
         Ok(Wrapping(load(memory, self.addresses.available, 2)?))
     }
 
+    pub(crate) fn has_available(&self, memory: &GuestMemory) -> Result<bool, RingError> {
+        Ok(self.avail_idx(memory)? != self.next_avail)
+    }
+
     pub(crate) fn next_head(&mut self, memory: &GuestMemory) -> Result<Option<u16>, RingError> {
         let avail_idx = self.avail_idx(memory)?;
         if avail_idx == self.next_avail {
@@ -158,7 +162,7 @@ impl SplitRing {
         }
         // The wish is visible before the index is read; the guest does it in the other order.
         fence(Ordering::SeqCst);
-        Ok(self.avail_idx(memory)? != self.next_avail)
+        self.has_available(memory)
     }
 
     pub(crate) fn disable_kicks(&mut self, memory: &GuestMemory) -> Result<(), RingError> {
