@@ -10,6 +10,7 @@ use cleave_runtime::{Device, QueueIndex, QueueThread, Vring};
 use cleave_storage::{CacheMode, Engine, EngineError, Image, ImageError};
 
 use crate::config_space::{ConfigSpace, WRITEBACK, feature};
+use crate::disk::Disk;
 use crate::queue;
 use crate::request::Limits;
 
@@ -45,15 +46,6 @@ impl From<BlockError> for Failure {
 pub(crate) struct BlockOptions {
     pub(crate) num_queues: u16,
     pub(crate) max_queue_size: u16,
-    pub(crate) serial: String,
-}
-
-/// What the device and its queues' threads share.
-#[derive(Debug)]
-pub(crate) struct Disk {
-    pub(crate) limits: Limits,
-    /// A write completes only when it is on the disk: the guest has switched the write cache off, or cannot flush it.
-    pub(crate) durable: AtomicBool,
     pub(crate) serial: String,
 }
 

@@ -2,6 +2,7 @@
 
 mod config_space;
 mod device;
+mod disk;
 mod queue;
 mod request;
 

@@ -18,7 +18,7 @@ use cleave_storage::{Engine, Event, Transfer, WatchId};
 use tracing::{debug, error, warn};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::device::Disk;
+use crate::disk::Disk;
 use crate::request::{ID_LEN, Request, Status, Work};
 
 /// Most complaints about one guest's requests, from one start of the queue to its stop.

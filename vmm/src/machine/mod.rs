@@ -108,7 +108,7 @@ impl Machine {
                     return Ok(ending);
                 }
             }
-            for command in self.line.serve(&self.uart) {
+            for command in self.line.serve(|input| self.uart.receive(input)) {
                 if let Some(ending) = self.obey_key(command) {
                     return Ok(ending);
                 }

@@ -18,7 +18,6 @@ use rustix::event::{PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use super::terminal::{Command, Keys, RawTerminal};
-use super::uart::Uart;
 use crate::bus::Event;
 use crate::config::UartConfig;
 pub use output::{Output, Transmitter};
@@ -105,13 +104,14 @@ impl Line {
     }
 
     /// Moves what can move in both directions, without waiting, and returns the commands typed at the terminal.
-    pub fn serve(&mut self, uart: &Uart) -> Vec<Command> {
+    /// `receive` takes input, and says how many bytes of it it had room for.
+    pub fn serve(&mut self, receive: impl FnOnce(&[u8]) -> usize) -> Vec<Command> {
         self.accept();
         let mut commands = Vec::new();
         if self.pending.is_empty() && self.input().is_some_and(|fd| is_ready(fd, PollFlags::IN)) {
             commands = self.read_input();
         }
-        let taken = uart.receive(&self.pending);
+        let taken = receive(&self.pending);
         self.pending.drain(..taken);
         self.output.flush();
         commands
