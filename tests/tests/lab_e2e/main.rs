@@ -7,6 +7,7 @@ mod boots;
 mod daemons;
 mod debian;
 mod disks;
+mod faults;
 mod refusals;
 mod rig;
 mod uarts;
@@ -32,7 +33,8 @@ const INSIDE: &str = "CLEAVE_E2E_INSIDE";
 type Case = (&'static str, fn(&Rig) -> Outcome<()>);
 
 fn cases() -> Vec<Case> {
-    [boots::CASES, disks::CASES, daemons::CASES, uarts::CASES, debian::CASES, refusals::CASES].concat()
+    [boots::CASES, disks::CASES, daemons::CASES, uarts::CASES, debian::CASES, faults::CASES, refusals::CASES]
+        .concat()
 }
 
 fn trials() -> Vec<Trial> {
