@@ -31,12 +31,18 @@ impl From<ExitCode> for std::process::ExitCode {
 #[derive(Debug)]
 pub struct Failure {
     pub code: ExitCode,
+    /// Somebody else has told the person already: a daemon of ours, on the standard error that it shares with us.
+    pub told: bool,
     source: Box<dyn Error + Send + Sync>,
 }
 
 impl Failure {
     pub fn new(code: ExitCode, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { code, source: source.into() }
+        Self { code, told: false, source: source.into() }
+    }
+
+    pub fn already_told(self) -> Self {
+        Self { told: true, ..self }
     }
 
     pub fn usage(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {

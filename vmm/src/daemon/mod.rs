@@ -11,7 +11,7 @@
 //! process group of its own.
 #![expect(unsafe_code, reason = "a closure that runs between fork and exec")]
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +29,8 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
 
+use crate::plan::DaemonSpec;
+
 /// The descriptor that a daemon finds its end of the socketpair at.
 const SOCKET_FD: i32 = 3;
 
@@ -43,17 +45,6 @@ pub enum DaemonError {
     Start { path: PathBuf, device: String, source: io::Error },
     #[error("cannot prepare a socket for {program} ({device})")]
     Prepare { program: String, device: String, source: io::Error },
-}
-
-/// What to start.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DaemonSpec {
-    /// The program's name: "cleave-block". It is looked for beside our own executable, then in PATH.
-    pub program: String,
-    /// The device it serves, for messages: "disk0".
-    pub device: String,
-    /// Its arguments, but for `--fd`.
-    pub args: Vec<OsString>,
 }
 
 /// A running daemon. Dropping it kills it.
@@ -200,8 +191,8 @@ impl Daemon {
         self.wait_until(Instant::now() + LAST_WORDS);
         let Some(exit) = self.exit() else { return Failure::device(error) };
         match exit.status.code() {
-            Some(2) => Failure::new(ExitCode::Usage, exit),
-            Some(3) => Failure::new(ExitCode::Host, exit),
+            Some(2) => Failure::new(ExitCode::Usage, exit).already_told(),
+            Some(3) => Failure::new(ExitCode::Host, exit).already_told(),
             _ => Failure::device(exit),
         }
     }

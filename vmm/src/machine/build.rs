@@ -36,6 +36,7 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     raise_file_limit();
     let queue = EventQueue::new().map_err(Failure::host)?;
     let mut signals = Signals::catch().map_err(Failure::host)?;
+    let line = Line::open(&config.uart, queue.wake()).map_err(Failure::usage)?;
 
     let kvm = Kvm::open().map_err(Failure::host)?;
     let ram = GuestRam::new(&ram_options(config), &plan.ram).map_err(Failure::host)?;
@@ -47,7 +48,7 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let buses = Buses::new();
     let routes = Arc::new(Routes::new(vm.clone()).map_err(Failure::host)?);
     let root = build_pci(&plan, &vm, &routes, sessions, &buses, &queue.sender())?;
-    let (uart, line) = build_uart(config, &routes, &buses, &queue)?;
+    let uart = build_uart(config, &routes, &buses, &line, &queue)?;
     let power_button = add_power(&routes, &buses, &queue.sender())?;
     let vcpus = build_vcpus(config.cpus, &kvm, &vm, Arc::new(buses), &queue.sender())?;
     Ok(Some(Machine {
@@ -117,9 +118,9 @@ fn build_uart(
     config: &MachineConfig,
     routes: &Routes,
     buses: &Buses,
+    line: &Line,
     queue: &EventQueue,
-) -> Result<(Arc<Uart>, Line), Failure> {
-    let line = Line::open(&config.uart, queue.wake()).map_err(Failure::usage)?;
+) -> Result<Arc<Uart>, Failure> {
     let interrupt = Arc::new(bus::Event::new().map_err(Failure::host)?);
     let uart = Arc::new(Uart::new(Arc::clone(&interrupt), line.output(), Arc::clone(queue.wake())));
     if config.uart != UartConfig::Off {
@@ -127,12 +128,12 @@ fn build_uart(
         let ports = Arc::clone(&uart) as _;
         buses.pio.insert(uart::PORT.into(), uart::PORTS.into(), ports).map_err(Failure::internal)?;
     }
-    Ok((uart, line))
+    Ok(uart)
 }
 
 /// Puts the power and reset ports on the bus; the event presses the power button.
 fn add_power(routes: &Routes, buses: &Buses, events: &EventSender) -> Result<Arc<bus::Event>, Failure> {
-    let ask = |events: EventSender| move |request| events.send(Event::Power(request));
+    let ask = |events: EventSender| move |request| events.send_power(request);
     let ports = Arc::new(PowerPorts(ask(events.clone())));
     buses
         .pio

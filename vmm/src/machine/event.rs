@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::bus;
@@ -46,13 +47,18 @@ pub struct EventQueue {
 pub struct EventSender {
     sender: Sender<Event>,
     wake: Arc<bus::Event>,
+    /// A power request is in the queue. A guest can ask as fast as it can write to a port; it is heard once.
+    power: Arc<AtomicBool>,
 }
+
+/// Handled before the machine thread looks at its other work again.
+const BATCH: usize = 64;
 
 impl EventQueue {
     pub fn new() -> io::Result<Self> {
         let (sender, receiver) = channel();
         let wake = Arc::new(bus::Event::new()?);
-        Ok(Self { receiver, sender: EventSender { sender, wake } })
+        Ok(Self { receiver, sender: EventSender { sender, wake, power: Arc::default() } })
     }
 
     pub fn sender(&self) -> EventSender {
@@ -64,11 +70,18 @@ impl EventQueue {
         &self.sender.wake
     }
 
-    /// All events up to now.
+    /// The next events, in order.
     pub fn take(&self) -> Vec<Event> {
         // First quiet, then empty: an event that comes between the two wakes us again.
         self.sender.wake.clear();
-        self.receiver.try_iter().collect()
+        let events: Vec<_> = self.receiver.try_iter().take(BATCH).collect();
+        if events.len() == BATCH {
+            self.sender.wake.signal();
+        }
+        if events.iter().any(|event| matches!(event, Event::Power(_))) {
+            self.sender.power.store(false, Ordering::Release);
+        }
+        events
     }
 }
 
@@ -78,5 +91,41 @@ impl EventSender {
         if self.sender.send(event).is_ok() {
             self.wake.signal();
         }
+    }
+
+    /// Sends what the guest asks for, unless the machine has not heard its last request yet.
+    pub fn send_power(&self, request: PowerRequest) {
+        if !self.power.swap(true, Ordering::AcqRel) {
+            self.send(Event::Power(request));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_asks_without_end_is_heard_once() {
+        let queue = EventQueue::new().unwrap();
+        for _ in 0..1000 {
+            queue.sender().send_power(PowerRequest::Reset);
+        }
+        assert!(matches!(queue.take()[..], [Event::Power(PowerRequest::Reset)]));
+        assert!(!queue.wake().is_signalled());
+        queue.sender().send_power(PowerRequest::PowerOff);
+        assert!(matches!(queue.take()[..], [Event::Power(PowerRequest::PowerOff)]));
+    }
+
+    #[test]
+    fn what_is_left_wakes_again() {
+        let queue = EventQueue::new().unwrap();
+        for _ in 0..=BATCH {
+            queue.sender().send(Event::DevicesReset);
+        }
+        assert_eq!(queue.take().len(), BATCH);
+        assert!(queue.wake().is_signalled());
+        assert_eq!(queue.take().len(), 1);
+        assert!(!queue.wake().is_signalled());
     }
 }

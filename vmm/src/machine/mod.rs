@@ -41,7 +41,11 @@ use crate::legacy::power::PowerRequest;
 use crate::legacy::terminal::{self, Command};
 use crate::legacy::uart::Uart;
 use crate::pci;
+use crate::vhost::DEFAULT_DEADLINE;
 use crate::virtio::DeviceEvent;
+
+/// How long all sessions may take to stop: a start under way, then the stop, each with its deadline.
+const STOP_LIMIT: Duration = Duration::from_secs(2 * DEFAULT_DEADLINE.as_secs() + 1);
 
 /// How long a daemon may take to end when it is asked to.
 const DAEMON_GRACE: Duration = Duration::from_secs(2);
@@ -89,8 +93,8 @@ pub struct Machine {
 impl Machine {
     /// Runs the guest until it, or somebody who may, ends it.
     pub fn run(mut self) -> Result<Ending, Failure> {
-        self.power_on()?;
-        let result = self.work();
+        self.line.take_terminal();
+        let result = self.power_on().and_then(|()| self.work());
         self.shut_down();
         result
     }
@@ -207,8 +211,8 @@ impl Machine {
         self.root.reset(move || {
             let _ = done.send(());
         });
-        // Ends at the latest when every session has met its deadline and dropped its token.
-        let _ = wait.recv();
+        // Every session meets its deadline by then; a daemon that did not is ended below all the same.
+        let _ = wait.recv_timeout(STOP_LIMIT);
         for exit in daemon::stop_all(std::mem::take(&mut self.daemons), DAEMON_GRACE) {
             if !exit.success() {
                 tracing::warn!("{exit}");

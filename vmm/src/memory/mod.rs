@@ -115,6 +115,7 @@ pub struct GuestRam {
     file: Arc<File>,
     size: u64,
     backing: Backing,
+    prefault: bool,
 }
 
 impl GuestRam {
@@ -132,7 +133,7 @@ impl GuestRam {
         };
         let file = Arc::new(File::from(file));
         let memory = map(&file, regions, page_size, options.backing)?;
-        let ram = Self { memory, file, size, backing: options.backing };
+        let ram = Self { memory, file, size, backing: options.backing, prefault: options.prefault };
         if options.prefault {
             ram.prefault()?;
         }
@@ -170,7 +171,7 @@ impl GuestRam {
             // the file anew reserves what is missing; the reservation stays with the file.
             mapping::reserve(&self.file, self.size).map_err(MemoryError::Clear)?;
         }
-        Ok(())
+        if self.prefault { self.prefault() } else { Ok(()) }
     }
 
     fn punch(&self) -> rustix::io::Result<()> {

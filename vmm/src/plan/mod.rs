@@ -20,7 +20,6 @@ use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
 use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig};
-use crate::daemon::DaemonSpec;
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -73,6 +72,17 @@ pub enum Backend {
     Spawn(DaemonSpec),
     /// A daemon that someone else runs.
     Attach { socket: PathBuf, wait: Duration },
+}
+
+/// A daemon to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonSpec {
+    /// The program's name: "cleave-block". It is looked for beside our own executable, then in PATH.
+    pub program: String,
+    /// The device it serves, for messages: "disk0".
+    pub device: String,
+    /// Its arguments, but for `--fd`.
+    pub args: Vec<OsString>,
 }
 
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -143,11 +153,14 @@ fn block_arguments(disk: &DiskConfig, queues: u16) -> Vec<OsString> {
         CacheMode::Writeback => "writeback",
         CacheMode::Writethrough => "writethrough",
     };
-    let mut arguments: Vec<OsString> = vec!["--blk-file".into(), disk.path.clone().into()];
+    // One word each: a value that starts with a dash is a value all the same.
+    let mut image = OsString::from("--blk-file=");
+    image.push(&disk.path);
+    let mut arguments = vec![image];
     arguments.extend(["--format", format, "--cache", cache, "--num-queues"].map(OsString::from));
     arguments.push(queues.to_string().into());
     if let Some(serial) = &disk.serial {
-        arguments.extend(["--serial".into(), serial.into()]);
+        arguments.push(format!("--serial={serial}").into());
     }
     if disk.readonly {
         arguments.push("--read-only".into());

@@ -44,7 +44,7 @@ fn slots_are_named_and_numbered_in_order() {
         panic!("a disk is spawned")
     };
     assert_eq!(program, "cleave-block");
-    let expected = "--blk-file b.raw --format raw --cache writeback --num-queues 3 --read-only";
+    let expected = "--blk-file=b.raw --format raw --cache writeback --num-queues 3 --read-only";
     assert_eq!(args.join(" ".as_ref()), *expected);
     assert_eq!(slots[0].queues, Some(2), "a queue for each vCPU");
 }

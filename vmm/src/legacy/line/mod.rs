@@ -13,17 +13,22 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::event::PollFd;
-use rustix::event::{PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+use rustix::termios::isatty;
 
 use super::terminal::{Command, Keys, RawTerminal};
 use crate::bus::Event;
 use crate::config::UartConfig;
 pub use output::{Output, Transmitter};
 
-/// Bytes read from the host at once; not more than these wait for the guest to read them.
+/// Bytes read from the host at once.
 const INPUT_CHUNK: usize = 256;
+/// Input that waits for the guest to read it, in bytes. Beyond it the host's end has to wait; a person's keys are
+/// dropped instead, because ours are among them.
+const MOST_PENDING: usize = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
@@ -58,8 +63,14 @@ enum End {
     Socket {
         listener: UnixListener,
         path: PathBuf,
-        client: Option<OwnedFd>,
+        client: Option<Client>,
     },
+}
+
+struct Client {
+    socket: OwnedFd,
+    /// It will send no more, but still listens.
+    silent: bool,
 }
 
 pub struct Line {
@@ -92,15 +103,23 @@ impl Line {
         self.output.clone()
     }
 
+    /// Takes the person's terminal, where standard input is one: from now on the keys are the guest's.
+    pub fn take_terminal(&mut self) {
+        if let End::Stdio { terminal, .. } = &mut self.end {
+            *terminal = RawTerminal::take();
+        }
+    }
+
     /// What the machine thread waits for on the line's behalf.
     pub fn interest(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
-        let wants_input = self.pending.is_empty();
-        let input = self.input().filter(|_| wants_input).map(|fd| (fd, PollFlags::IN));
-        let newcomer = match &self.end {
+        let input = self.input().filter(|_| self.has_room()).map(|fd| (fd, PollFlags::IN));
+        let rest = match &self.end {
             End::Socket { listener, client: None, .. } => Some((listener.as_fd(), PollFlags::IN)),
+            // That a client is gone is told without being asked for.
+            End::Socket { client: Some(client), .. } => Some((client.socket.as_fd(), PollFlags::empty())),
             _ => None,
         };
-        input.into_iter().chain(newcomer)
+        input.into_iter().chain(rest)
     }
 
     /// Moves what can move in both directions, without waiting, and returns the commands typed at the terminal.
@@ -108,12 +127,13 @@ impl Line {
     pub fn serve(&mut self, receive: impl FnOnce(&[u8]) -> usize) -> Vec<Command> {
         self.accept();
         let mut commands = Vec::new();
-        if self.pending.is_empty() && self.input().is_some_and(|fd| is_ready(fd, PollFlags::IN)) {
+        if self.has_room() && self.input().is_some_and(|fd| !ready(fd, PollFlags::IN).is_empty()) {
             commands = self.read_input();
         }
         let taken = receive(&self.pending);
         self.pending.drain(..taken);
         self.output.flush();
+        self.forget_client();
         commands
     }
 
@@ -122,45 +142,64 @@ impl Line {
             End::Mute => None,
             End::Stdio { input, .. } => input.as_ref().map(AsFd::as_fd),
             End::Pty { input, .. } => Some(input.as_fd()),
-            End::Socket { client, .. } => client.as_ref().map(AsFd::as_fd),
+            End::Socket { client, .. } => {
+                client.as_ref().filter(|client| !client.silent).map(|c| c.socket.as_fd())
+            }
         }
+    }
+
+    /// Whether input is to be read. At a terminal always: whoever types may want to quit a guest that does not read.
+    fn has_room(&self) -> bool {
+        matches!(self.end, End::Stdio { terminal: Some(_), .. }) || self.pending.len() < MOST_PENDING
     }
 
     fn read_input(&mut self) -> Vec<Command> {
         let Some(input) = self.input() else { return Vec::new() };
         let mut chunk = [0; INPUT_CHUNK];
         match rustix::io::read(input, &mut chunk) {
-            Ok(0) => self.hang_up(),
+            Ok(0) => self.end_input(),
             Ok(count) => {
                 if let End::Stdio { keys, terminal: Some(_), .. } = &mut self.end {
-                    return keys.sort(&chunk[..count], &mut self.pending);
+                    let commands = keys.sort(&chunk[..count], &mut self.pending);
+                    self.pending.truncate(MOST_PENDING);
+                    return commands;
                 }
                 self.pending.extend_from_slice(&chunk[..count]);
             }
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-            Err(_) => self.hang_up(),
+            Err(_) => self.end_input(),
         }
         Vec::new()
     }
 
-    /// The other end of the line went away: a socket waits for the next client, the rest stay silent.
-    fn hang_up(&mut self) {
+    /// No more input comes: a client of the socket may still listen, the others stay silent.
+    fn end_input(&mut self) {
         match &mut self.end {
             End::Stdio { input, .. } => *input = None,
-            End::Socket { client, .. } => {
-                *client = None;
-                self.output.connect(None);
-            }
+            End::Socket { client, .. } => client.iter_mut().for_each(|client| client.silent = true),
             End::Pty { .. } | End::Mute => self.end = End::Mute,
+        }
+    }
+
+    /// A client that has closed makes room for the next.
+    fn forget_client(&mut self) {
+        let End::Socket { client, .. } = &mut self.end else { return };
+        let gone = |client: &Client| {
+            ready(client.socket.as_fd(), PollFlags::empty()).intersects(PollFlags::HUP | PollFlags::ERR)
+        };
+        if client.as_ref().is_some_and(gone) {
+            *client = None;
+            self.output.connect(None);
         }
     }
 
     fn accept(&mut self) {
         let End::Socket { listener, client: client @ None, .. } = &mut self.end else { return };
         if let Ok((stream, _)) = listener.accept()
+            && stream.set_nonblocking(true).is_ok()
             && let Ok(writer) = stream.try_clone()
         {
-            *client = Some(stream.into());
+            *client = Some(Client { socket: stream.into(), silent: false });
             self.output.connect(Some(writer.into()));
         }
     }
@@ -178,8 +217,24 @@ impl Drop for Line {
 
 fn open_stdio() -> io::Result<(End, Option<OwnedFd>)> {
     let input = Some(rustix::stdio::stdin().try_clone_to_owned()?);
-    let output = rustix::stdio::stdout().try_clone_to_owned()?;
-    Ok((End::Stdio { input, keys: Keys::default(), terminal: RawTerminal::take() }, Some(output)))
+    Ok((End::Stdio { input, keys: Keys::default(), terminal: None }, Some(open_stdout()?)))
+}
+
+/// A terminal that is ready may still take less than is written and wait for the rest, so it is opened once more,
+/// non-blocking: its open file is shared with a shell, which must not find it changed. A pipe that is ready takes a
+/// whole chunk, and a file has its own place in it.
+fn open_stdout() -> io::Result<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let stdout = rustix::stdio::stdout();
+    if isatty(stdout) {
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
+        let again = OpenOptions::new().write(true).custom_flags(flags).open("/proc/self/fd/1");
+        // Refused where the terminal is somebody else's (su): then as it is.
+        if let Ok(terminal) = again {
+            return Ok(terminal.into());
+        }
+    }
+    Ok(stdout.try_clone_to_owned()?)
 }
 
 fn open_pty() -> io::Result<(End, Option<OwnedFd>)> {
@@ -193,6 +248,7 @@ fn open_pty() -> io::Result<(End, Option<OwnedFd>)> {
     let mut raw = rustix::termios::tcgetattr(&slave)?;
     raw.make_raw();
     rustix::termios::tcsetattr(&slave, rustix::termios::OptionalActions::Now, &raw)?;
+    rustix::io::ioctl_fionbio(&master, true)?;
     eprintln!("cleave: the uart is at {path}");
     let output = master.try_clone()?;
     Ok((End::Pty { input: master, _slave: slave }, Some(output)))
@@ -215,9 +271,12 @@ fn listen(path: &PathBuf) -> Result<End, LineError> {
     Ok(End::Socket { listener, path: path.clone(), client: None })
 }
 
-/// Whether `fd` is ready for `what` now. Standard input and output may be shared with a shell, so they are asked
-/// rather than made non-blocking.
-fn is_ready(fd: BorrowedFd<'_>, what: PollFlags) -> bool {
+/// Which of `what` `fd` is ready for now, and whether it has hung up. Standard input may be shared with a shell, so it
+/// is asked rather than made non-blocking.
+fn ready(fd: BorrowedFd<'_>, what: PollFlags) -> PollFlags {
     let mut fds = [PollFd::from_borrowed_fd(fd, what)];
-    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
+    match poll(&mut fds, Some(&Timespec::default())) {
+        Ok(1) => fds[0].revents(),
+        _ => PollFlags::empty(),
+    }
 }

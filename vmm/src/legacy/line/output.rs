@@ -1,4 +1,6 @@
 //! The writing end of the line: bounded, and never waited for. vCPUs put bytes in, the machine thread sends them on.
+//!
+//! Invariant: the lock that a vCPU takes is never held across a system call.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -8,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 
-use super::is_ready;
+use super::ready;
 use crate::bus::Event;
 
 /// What is kept for an end that does not read. Beyond it the oldest bytes go: the newest say what happened.
@@ -18,62 +20,78 @@ const BACKLOG: usize = 64 << 10;
 const CHUNK: usize = 4096;
 
 pub struct Output {
-    state: Mutex<State>,
+    /// What vCPUs wrote.
+    backlog: Mutex<VecDeque<u8>>,
+    /// The machine thread's.
+    sending: Mutex<Sending>,
     wake: Arc<Event>,
 }
 
-#[derive(Default)]
-struct State {
+struct Sending {
     sink: Option<OwnedFd>,
-    backlog: VecDeque<u8>,
+    /// Taken from the backlog and not yet gone out.
+    chunk: VecDeque<u8>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Output {
     pub(super) fn new(sink: Option<OwnedFd>, wake: Arc<Event>) -> Self {
-        Self { state: Mutex::new(State { sink, backlog: VecDeque::new() }), wake }
+        let sending = Mutex::new(Sending { sink, chunk: VecDeque::new() });
+        Self { backlog: Mutex::default(), sending, wake }
     }
 
     /// A new reader, or none. What the last one did not read, the next one gets.
     pub(super) fn connect(&self, sink: Option<OwnedFd>) {
-        self.lock().sink = sink;
+        lock(&self.sending).sink = sink;
     }
 
     /// The end to wait for, while something is to be sent to it.
     pub fn stalled(&self) -> Option<OwnedFd> {
-        let state = self.lock();
-        let sink = state.sink.as_ref().filter(|_| !state.backlog.is_empty())?;
-        sink.try_clone().ok()
+        let sending = lock(&self.sending);
+        let waits = !sending.chunk.is_empty() || !lock(&self.backlog).is_empty();
+        sending.sink.as_ref().filter(|_| waits)?.try_clone().ok()
     }
 
     /// Sends what can be sent without waiting.
     pub(super) fn flush(&self) {
-        self.lock().flush();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut sending = lock(&self.sending);
+        while sending.sink.is_some() {
+            if sending.chunk.is_empty() {
+                let mut backlog = lock(&self.backlog);
+                let count = backlog.len().min(CHUNK);
+                sending.chunk.extend(backlog.drain(..count));
+            }
+            if sending.chunk.is_empty() || !sending.send() {
+                return;
+            }
+        }
     }
 }
 
-impl State {
-    fn flush(&mut self) {
-        while let (Some(sink), false) = (&self.sink, self.backlog.is_empty()) {
-            let (front, _) = self.backlog.as_slices();
-            let Some(sent) = write_some(sink.as_fd(), &front[..front.len().min(CHUNK)]) else {
-                self.sink = None;
-                return;
-            };
-            if sent == 0 {
-                return;
+impl Sending {
+    /// Whether anything went out. A reader that is gone is forgotten.
+    fn send(&mut self) -> bool {
+        let Some(sink) = &self.sink else { return false };
+        let (front, _) = self.chunk.as_slices();
+        match write_some(sink.as_fd(), front) {
+            Some(sent) => {
+                self.chunk.drain(..sent);
+                sent > 0
             }
-            self.backlog.drain(..sent);
+            None => {
+                self.sink = None;
+                false
+            }
         }
     }
 }
 
 /// How many bytes went out without waiting; `None` if the reader is gone.
 fn write_some(sink: BorrowedFd<'_>, bytes: &[u8]) -> Option<usize> {
-    if !is_ready(sink, PollFlags::OUT) {
+    if !ready(sink, PollFlags::OUT).contains(PollFlags::OUT) {
         return Some(0);
     }
     match rustix::io::write(sink, bytes) {
@@ -89,13 +107,12 @@ pub struct Transmitter(pub Arc<Output>);
 
 impl Write for Transmitter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.lock();
-        let excess = (state.backlog.len() + bytes.len()).saturating_sub(BACKLOG);
-        let excess = excess.min(state.backlog.len());
-        state.backlog.drain(..excess);
-        let first = state.backlog.is_empty();
-        state.backlog.extend(bytes);
-        drop(state);
+        let mut backlog = lock(&self.0.backlog);
+        let excess = (backlog.len() + bytes.len()).saturating_sub(BACKLOG).min(backlog.len());
+        backlog.drain(..excess);
+        let first = backlog.is_empty();
+        backlog.extend(bytes);
+        drop(backlog);
         // Whoever was woken for the first byte takes those after it too: a burst costs one wake-up.
         if first {
             self.0.wake.signal();
@@ -128,7 +145,7 @@ mod tests {
         assert!(output.stalled().is_some());
         let mut seen = Vec::new();
         let mut chunk = [0; 4096];
-        while is_ready(reader.as_fd(), PollFlags::IN) {
+        while !ready(reader.as_fd(), PollFlags::IN).is_empty() {
             let count = rustix::io::read(&reader, &mut chunk).unwrap();
             seen.extend_from_slice(&chunk[..count]);
             output.flush();
