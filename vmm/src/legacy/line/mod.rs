@@ -234,7 +234,7 @@ fn open_stdout() -> io::Result<OwnedFd> {
             return Ok(terminal.into());
         }
     }
-    Ok(stdout.try_clone_to_owned()?)
+    stdout.try_clone_to_owned()
 }
 
 fn open_pty() -> io::Result<(End, Option<OwnedFd>)> {
