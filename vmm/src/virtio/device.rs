@@ -315,6 +315,9 @@ impl Observer for Device {
         let mut state = self.lock();
         state.registers.stopped();
         let complete = std::mem::take(&mut state.resets);
+        if !complete.is_empty() {
+            self.msix.forget_pending();
+        }
         drop(state);
         drop(complete);
     }

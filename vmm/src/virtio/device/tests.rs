@@ -307,6 +307,19 @@ fn a_reset_of_the_machine_ends_when_the_session_has_stopped() {
 }
 
 #[test]
+fn a_call_that_comes_late_in_a_reset_of_the_machine_is_forgotten() {
+    let script = Script { fault: Some((Request::GetVringBase, Fault::Mute)), ..Script::default() };
+    let f = fixture_within(script, SHORT);
+    f.running();
+    let (sender, complete) = channel();
+    f.root.reset(move || sender.send(()).unwrap());
+    let call = f.device.msix.event(2).unwrap();
+    call.signal();
+    complete.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert!(!call.is_signalled(), "the next guest would get it");
+}
+
+#[test]
 fn the_window_capability_reaches_the_bar() {
     let f = fixture(Script::default());
     let window = f.capability(9, 5);
