@@ -90,6 +90,12 @@ impl Mailbox {
         self.leave(|notes| notes.quit = true);
     }
 
+    /// Whether a stop or the end is asked for, which goes before whatever else was.
+    pub(super) fn must_stop(&self) -> bool {
+        let notes = self.lock();
+        notes.stop || notes.quit
+    }
+
     pub(super) fn take(&self) -> Notes {
         self.ready.clear();
         std::mem::take(&mut *self.lock())

@@ -357,6 +357,61 @@ fn a_daemon_that_hangs_costs_a_reset_no_more_than_the_deadline() {
 }
 
 #[test]
+fn a_stop_and_its_reset_have_one_deadline() {
+    let script = Script {
+        slow: Some((Request::GetVringBase, Duration::from_millis(200))),
+        fault: Some((Request::ResetDevice, Fault::Mute)),
+        ..Script::default()
+    };
+    let fixture = session_within(script, Duration::from_millis(600));
+    fixture.start();
+    assert_eq!(fixture.hear(), Heard::Started);
+    let started = Instant::now();
+    fixture.mailbox.stop();
+    fixture.hear_lost();
+    assert_eq!(fixture.hear(), Heard::Stopped);
+    assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
+}
+
+fn slow_config_writes(pause: Duration) -> Script {
+    Script { slow: Some((Request::SetConfig, pause)), ..Script::default() }
+}
+
+#[test]
+fn config_writes_that_wait_have_one_deadline() {
+    let fixture = session_within(slow_config_writes(SHORT), SHORT * 4);
+    (0..20).for_each(|_| assert!(fixture.mailbox.write_config(0, &[1])));
+    let end = loop {
+        match fixture.hear() {
+            Heard::Config(_) => {}
+            end => break end,
+        }
+    };
+    assert!(matches!(end, Heard::Lost(reason) if reason.contains("within 0.6 s")));
+    assert!(fixture.daemon.requests().iter().filter(|seen| **seen == Request::SetConfig).count() < 10);
+}
+
+#[test]
+fn a_stop_or_the_end_does_not_wait_for_config_writes() {
+    let fixture = session(slow_config_writes(SHORT));
+    let sent = || fixture.daemon.requests().iter().filter(|seen| **seen == Request::SetConfig).count();
+    (0..20).for_each(|_| assert!(fixture.mailbox.write_config(0, &[1])));
+    fixture.daemon.wait_for(Request::SetConfig, 3, |_| ());
+    fixture.mailbox.stop();
+    while fixture.hear() != Heard::Stopped {}
+    assert!(sent() < 10, "{}", sent());
+
+    let Fixture { daemon, mailbox, heard: _heard, _ear, _thread: thread } =
+        session(slow_config_writes(SHORT));
+    (0..20).for_each(|_| assert!(mailbox.write_config(0, &[1])));
+    daemon.wait_for(Request::SetConfig, 3, |_| ());
+    let ended = Instant::now();
+    drop(thread);
+    daemon.thread.join().unwrap();
+    assert!(ended.elapsed() < SHORT * 8, "{:?}", ended.elapsed());
+}
+
+#[test]
 fn a_daemon_that_refuses_or_babbles_is_lost() {
     let refuses = Fault::Answer(5u64.encode());
     let fixture = session(Script { fault: Some((Request::SetMemTable, refuses)), ..Script::default() });
