@@ -126,7 +126,7 @@ impl Worker {
 
     /// Works the notes off. Once a newer note asks for a stop or the end, what is left of these is void.
     fn work(&self, mut session: Session, notes: Notes) -> Session {
-        let Notes { quit: _, stop, config_writes, start, calls } = notes;
+        let Notes { quit: _, stop, config_writes, start, late_config_writes, calls } = notes;
         if stop {
             session = self.settle(session.stop());
             self.observe(|observer| observer.stopped());
@@ -135,6 +135,7 @@ impl Worker {
         if let Some(start) = start.filter(|_| !self.mailbox.must_stop()) {
             session = self.start(session, start);
         }
+        session = self.write_config(session, late_config_writes);
         for (queue, call) in calls {
             if self.mailbox.must_stop() {
                 break;

@@ -312,6 +312,36 @@ fn what_a_guest_can_leave_in_the_mailbox_is_bounded() {
 }
 
 #[test]
+fn a_stop_takes_back_what_was_asked_for_before() {
+    let mailbox = Mailbox::new().unwrap();
+    mailbox.write_config(0, &[1]);
+    mailbox.start(Start { features: ACKED, rings: vec![ring(0)] });
+    mailbox.write_config(0, &[2]);
+    mailbox.set_call(0, None);
+    mailbox.stop();
+    mailbox.write_config(0, &[3]);
+    let notes = mailbox.take();
+    assert!(notes.stop && notes.start.is_none() && notes.calls.is_empty());
+    assert!(notes.late_config_writes.is_empty());
+    assert_eq!(notes.config_writes.iter().map(|write| write.data[0]).collect::<Vec<_>>(), [3]);
+}
+
+#[test]
+fn config_writes_keep_their_place_before_or_after_the_start() {
+    let fixture = session(slow_config_writes(SHORT));
+    fixture.mailbox.write_config(0, &[1]);
+    fixture.daemon.wait_for(Request::SetConfig, 1, |_| ());
+    fixture.mailbox.write_config(0, &[2]);
+    fixture.start();
+    fixture.mailbox.write_config(0, &[3]);
+    fixture.daemon.wait_for(Request::SetConfig, 3, |_| ());
+    let mut order = fixture.daemon.requests();
+    order.retain(|request| matches!(request, Request::SetConfig | Request::SetFeatures));
+    let write = Request::SetConfig;
+    assert_eq!(order, [write, write, Request::SetFeatures, write]);
+}
+
+#[test]
 fn a_daemon_that_dies_is_lost_and_stops_are_still_answered() {
     let fixture = session(Script { fault: Some((Request::SetConfig, Fault::Close)), ..Script::default() });
     fixture.start();
