@@ -242,6 +242,11 @@ impl Negotiated {
         for ring in &start.rings {
             self.start_ring(ring, limit)?;
         }
+        // A kick that the daemon takes from a ring which is not enabled yet is lost: unless it has acknowledged the last
+        // request, an answer to another one says that it has got so far.
+        if !self.wire.has(protocol::REPLY_ACK) {
+            self.wire.ask::<u64>(FrontendRequest::GetFeatures, &(), limit)?;
+        }
         // What the driver added before the daemon had the ring, or before the kick was its ioeventfd.
         for ring in &start.rings {
             ring.kick.signal();

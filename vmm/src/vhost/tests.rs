@@ -261,6 +261,25 @@ fn a_start_gives_the_daemon_all_it_needs() {
 }
 
 #[test]
+fn a_daemon_without_acknowledgements_is_kicked_once_its_rings_are_enabled() {
+    let script = Script {
+        protocol_features: Script::default().protocol_features & !protocol::REPLY_ACK,
+        slow: Some((Request::GetFeatures, SHORT)),
+        ..Script::default()
+    };
+    let fixture = session(script);
+    let rings = vec![ring(0), ring(1)];
+    let kicks: Vec<_> = rings.iter().map(|ring| Arc::clone(&ring.kick)).collect();
+    fixture.mailbox.start(Start { features: ACKED, rings });
+    fixture.daemon.wait_for(Request::GetFeatures, 2, |_| ());
+    assert!(!kicks.iter().any(|kick| kick.is_signalled()), "the daemon has not answered yet");
+    assert_eq!(fixture.hear(), Heard::Started);
+    assert!(kicks.iter().all(|kick| kick.is_signalled()));
+    let requests = fixture.daemon.requests();
+    assert!(requests.ends_with(&[Request::SetVringEnable, Request::GetFeatures]), "{requests:?}");
+}
+
+#[test]
 fn a_stop_takes_every_ring_back_and_resets_the_device() {
     let fixture = session(Script::default());
     fixture.start();
