@@ -113,6 +113,14 @@ impl MsiX {
         }
     }
 
+    /// Forgets what is pending: after a reset, once nothing signals the events any more. Until then a late call may
+    /// have made a bit pending that whoever programs the function next would get as an interrupt.
+    pub fn forget_pending(&self) {
+        for vector in self.lock().vectors.iter().filter(|vector| !vector.live) {
+            vector.event.clear();
+        }
+    }
+
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();
         for (at, byte) in (offset..).zip(data) {

@@ -33,6 +33,8 @@ pub(crate) struct Script {
     pub(crate) config: Vec<u8>,
     /// Refuses to read more config space than there is.
     pub(crate) strict_config: bool,
+    /// Takes this long to answer a request of this kind.
+    pub(crate) slow: Option<(Request, Duration)>,
     pub(crate) fault: Option<(Request, Fault)>,
 }
 
@@ -48,6 +50,7 @@ impl Default for Script {
             queues: 2,
             config: (0..60).collect(),
             strict_config: false,
+            slow: None,
             fault: None,
         }
     }
@@ -127,6 +130,9 @@ impl Worker {
             let answer = self.answer(request, flags, &body);
             // Before the answer: whoever has that finds the request in the log.
             self.note(Seen { request, body, fds });
+            if let Some((_, pause)) = self.script.slow.filter(|(at, _)| *at == request) {
+                thread::sleep(pause);
+            }
             let Ok(()) = (match fault {
                 Some(Fault::Close) => return,
                 Some(Fault::Mute) => {

@@ -34,6 +34,8 @@ pub(super) struct Notes {
     pub(super) stop: bool,
     pub(super) config_writes: VecDeque<ConfigWrite>,
     pub(super) start: Option<Start>,
+    /// Writes made after the start was asked for: a daemon may refuse them before it knows the driver's features.
+    pub(super) late_config_writes: VecDeque<ConfigWrite>,
     /// New call events, by queue.
     pub(super) calls: BTreeMap<u8, Option<Arc<Event>>>,
 }
@@ -58,12 +60,11 @@ impl Mailbox {
     }
 
     /// Asks for the rings to stop and the device to be as after power-on. [`super::Observer::stopped`] answers, by the
-    /// deadline in any case.
+    /// deadline in any case. What else was asked for and not yet done is not done any more.
     pub fn stop(&self) {
         self.leave(|notes| {
-            notes.start = None;
-            notes.calls.clear();
-            notes.stop = true;
+            let quit = notes.quit;
+            *notes = Notes { quit, stop: true, ..Notes::default() };
         });
     }
 
@@ -78,9 +79,13 @@ impl Mailbox {
     pub fn write_config(&self, offset: u32, data: &[u8]) -> bool {
         let mut room = false;
         self.leave(|notes| {
-            room = notes.config_writes.len() < MAX_CONFIG_WRITES;
+            room = notes.config_writes.len() + notes.late_config_writes.len() < MAX_CONFIG_WRITES;
+            let writes = match notes.start {
+                None => &mut notes.config_writes,
+                Some(_) => &mut notes.late_config_writes,
+            };
             if room {
-                notes.config_writes.push_back(ConfigWrite { offset, data: data.to_vec() });
+                writes.push_back(ConfigWrite { offset, data: data.to_vec() });
             }
         });
         room
@@ -88,6 +93,12 @@ impl Mailbox {
 
     pub(super) fn quit(&self) {
         self.leave(|notes| notes.quit = true);
+    }
+
+    /// Whether a stop or the end is asked for, which goes before whatever else was.
+    pub(super) fn must_stop(&self) -> bool {
+        let notes = self.lock();
+        notes.stop || notes.quit
     }
 
     pub(super) fn take(&self) -> Notes {

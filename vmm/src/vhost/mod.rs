@@ -31,7 +31,7 @@ pub use session::{Observer, SessionThread};
 
 use std::time::Duration;
 
-/// Time for a whole handshake, a start, a stop or a config write, unless the target says otherwise. A stop waits until
+/// Time for a whole handshake, a start, a stop or the config writes that wait, unless the target says otherwise. A stop waits until
 /// the daemon has drained what is in flight.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(5);
 

@@ -13,6 +13,7 @@
 //! A later reconnect is one more arrow, from Lost back to Negotiated: what it replays (features, rings) is in
 //! [`Start`], which Lost will then keep.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
@@ -117,30 +118,28 @@ impl Worker {
     }
 
     fn checked(&self, mut session: Session) -> Session {
-        let result = match &mut session {
-            Session::Negotiated(session) => session.wire.check_idle(),
-            Session::Running(running) => running.session.wire.check_idle(),
-            Session::Lost => Ok(()),
-        };
-        match result {
+        match session.connection().map_or(Ok(()), |connection| connection.wire.check_idle()) {
             Ok(()) => session,
             Err(error) => self.lose(&error),
         }
     }
 
+    /// Works the notes off. Once a newer note asks for a stop or the end, what is left of these is void.
     fn work(&self, mut session: Session, notes: Notes) -> Session {
-        let Notes { quit: _, stop, config_writes, start, calls } = notes;
+        let Notes { quit: _, stop, config_writes, start, late_config_writes, calls } = notes;
         if stop {
             session = self.settle(session.stop());
             self.observe(|observer| observer.stopped());
         }
-        for write in config_writes {
-            session = self.write_config(session, write);
-        }
-        if let Some(start) = start {
+        session = self.write_config(session, config_writes);
+        if let Some(start) = start.filter(|_| !self.mailbox.must_stop()) {
             session = self.start(session, start);
         }
+        session = self.write_config(session, late_config_writes);
         for (queue, call) in calls {
+            if self.mailbox.must_stop() {
+                break;
+            }
             let result = session.set_call(queue, call);
             session = self.settle(result);
         }
@@ -161,20 +160,23 @@ impl Worker {
         }
     }
 
-    fn write_config(&self, mut session: Session, write: ConfigWrite) -> Session {
-        let result = match &mut session {
-            Session::Negotiated(session) => session.write_config(write),
-            Session::Running(running) => running.session.write_config(write),
-            Session::Lost => Ok(None),
+    /// All of the writes have one deadline: a guest decides how many there are.
+    fn write_config(&self, mut session: Session, writes: VecDeque<ConfigWrite>) -> Session {
+        let Some(limit) = session.connection().map(|connection| Limit::new(connection.deadline)) else {
+            return session;
         };
-        match result {
-            Ok(None) => session,
-            Ok(Some(config)) => {
-                self.observe(|observer| observer.config(&config));
-                session
+        for write in writes {
+            if self.mailbox.must_stop() {
+                break;
             }
-            Err(error) => self.lose(&error),
+            let Some(connection) = session.connection() else { break };
+            match connection.write_config(write, limit) {
+                Ok(None) => {}
+                Ok(Some(config)) => self.observe(|observer| observer.config(&config)),
+                Err(error) => session = self.lose(&error),
+            }
         }
+        session
     }
 
     fn settle(&self, result: Result<Session, SessionError>) -> Session {
@@ -202,10 +204,18 @@ impl Session {
         }
     }
 
+    fn connection(&mut self) -> Option<&mut Negotiated> {
+        match self {
+            Self::Negotiated(session) => Some(session),
+            Self::Running(running) => Some(&mut running.session),
+            Self::Lost => None,
+        }
+    }
+
     fn stop(self) -> Result<Self, SessionError> {
         match self {
             Self::Negotiated(mut session) => {
-                session.reset()?;
+                session.reset(Limit::new(session.deadline))?;
                 Ok(Self::Negotiated(session))
             }
             Self::Running(running) => running.stop().map(Self::Negotiated),
@@ -231,6 +241,11 @@ impl Negotiated {
         self.wire.tell(FrontendRequest::SetMemTable, &memory.payload(), &files, limit)?;
         for ring in &start.rings {
             self.start_ring(ring, limit)?;
+        }
+        // A kick that the daemon takes from a ring which is not enabled yet is lost: unless it has acknowledged the last
+        // request, an answer to another one says that it has got so far.
+        if !self.wire.has(protocol::REPLY_ACK) {
+            self.wire.ask::<u64>(FrontendRequest::GetFeatures, &(), limit)?;
         }
         // What the driver added before the daemon had the ring, or before the kick was its ioeventfd.
         for ring in &start.rings {
@@ -269,19 +284,18 @@ impl Negotiated {
         self.wire.tell(FrontendRequest::SetVringCall, &call, &fds, limit)
     }
 
-    fn reset(&mut self) -> Result<(), SessionError> {
+    fn reset(&mut self, limit: Limit) -> Result<(), SessionError> {
         if !self.wire.has(protocol::RESET_DEVICE) {
             return Ok(());
         }
-        self.wire.tell(FrontendRequest::ResetDevice, &(), &[], Limit::new(self.deadline))
+        self.wire.tell(FrontendRequest::ResetDevice, &(), &[], limit)
     }
 
     /// Passes a write on and reads what became of it; `None` if the daemon has no config space or refused the write.
-    fn write_config(&mut self, write: ConfigWrite) -> Result<Option<Vec<u8>>, SessionError> {
+    fn write_config(&mut self, write: ConfigWrite, limit: Limit) -> Result<Option<Vec<u8>>, SessionError> {
         if !self.wire.has(protocol::CONFIG) {
             return Ok(None);
         }
-        let limit = Limit::new(self.deadline);
         let ConfigWrite { offset, data } = write;
         let payload = Config { offset, flags: 0, data };
         match self.wire.tell(FrontendRequest::SetConfig, &payload, &[], limit) {
@@ -309,7 +323,7 @@ impl Running {
                 session.wire.tell(FrontendRequest::SetVringEnable, &state, &[], limit)?;
             }
         }
-        session.reset()?;
+        session.reset(limit)?;
         Ok(session)
     }
 

@@ -261,6 +261,25 @@ fn a_start_gives_the_daemon_all_it_needs() {
 }
 
 #[test]
+fn a_daemon_without_acknowledgements_is_kicked_once_its_rings_are_enabled() {
+    let script = Script {
+        protocol_features: Script::default().protocol_features & !protocol::REPLY_ACK,
+        slow: Some((Request::GetFeatures, SHORT)),
+        ..Script::default()
+    };
+    let fixture = session(script);
+    let rings = vec![ring(0), ring(1)];
+    let kicks: Vec<_> = rings.iter().map(|ring| Arc::clone(&ring.kick)).collect();
+    fixture.mailbox.start(Start { features: ACKED, rings });
+    fixture.daemon.wait_for(Request::GetFeatures, 2, |_| ());
+    assert!(!kicks.iter().any(|kick| kick.is_signalled()), "the daemon has not answered yet");
+    assert_eq!(fixture.hear(), Heard::Started);
+    assert!(kicks.iter().all(|kick| kick.is_signalled()));
+    let requests = fixture.daemon.requests();
+    assert!(requests.ends_with(&[Request::SetVringEnable, Request::GetFeatures]), "{requests:?}");
+}
+
+#[test]
 fn a_stop_takes_every_ring_back_and_resets_the_device() {
     let fixture = session(Script::default());
     fixture.start();
@@ -312,6 +331,36 @@ fn what_a_guest_can_leave_in_the_mailbox_is_bounded() {
 }
 
 #[test]
+fn a_stop_takes_back_what_was_asked_for_before() {
+    let mailbox = Mailbox::new().unwrap();
+    mailbox.write_config(0, &[1]);
+    mailbox.start(Start { features: ACKED, rings: vec![ring(0)] });
+    mailbox.write_config(0, &[2]);
+    mailbox.set_call(0, None);
+    mailbox.stop();
+    mailbox.write_config(0, &[3]);
+    let notes = mailbox.take();
+    assert!(notes.stop && notes.start.is_none() && notes.calls.is_empty());
+    assert!(notes.late_config_writes.is_empty());
+    assert_eq!(notes.config_writes.iter().map(|write| write.data[0]).collect::<Vec<_>>(), [3]);
+}
+
+#[test]
+fn config_writes_keep_their_place_before_or_after_the_start() {
+    let fixture = session(slow_config_writes(SHORT));
+    fixture.mailbox.write_config(0, &[1]);
+    fixture.daemon.wait_for(Request::SetConfig, 1, |_| ());
+    fixture.mailbox.write_config(0, &[2]);
+    fixture.start();
+    fixture.mailbox.write_config(0, &[3]);
+    fixture.daemon.wait_for(Request::SetConfig, 3, |_| ());
+    let mut order = fixture.daemon.requests();
+    order.retain(|request| matches!(request, Request::SetConfig | Request::SetFeatures));
+    let write = Request::SetConfig;
+    assert_eq!(order, [write, write, Request::SetFeatures, write]);
+}
+
+#[test]
 fn a_daemon_that_dies_is_lost_and_stops_are_still_answered() {
     let fixture = session(Script { fault: Some((Request::SetConfig, Fault::Close)), ..Script::default() });
     fixture.start();
@@ -354,6 +403,61 @@ fn a_daemon_that_hangs_costs_a_reset_no_more_than_the_deadline() {
         assert_eq!(fixture.hear(), Heard::Stopped);
         assert!(started.elapsed() < SHORT * 5);
     }
+}
+
+#[test]
+fn a_stop_and_its_reset_have_one_deadline() {
+    let script = Script {
+        slow: Some((Request::GetVringBase, Duration::from_millis(200))),
+        fault: Some((Request::ResetDevice, Fault::Mute)),
+        ..Script::default()
+    };
+    let fixture = session_within(script, Duration::from_millis(600));
+    fixture.start();
+    assert_eq!(fixture.hear(), Heard::Started);
+    let started = Instant::now();
+    fixture.mailbox.stop();
+    fixture.hear_lost();
+    assert_eq!(fixture.hear(), Heard::Stopped);
+    assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
+}
+
+fn slow_config_writes(pause: Duration) -> Script {
+    Script { slow: Some((Request::SetConfig, pause)), ..Script::default() }
+}
+
+#[test]
+fn config_writes_that_wait_have_one_deadline() {
+    let fixture = session_within(slow_config_writes(SHORT), SHORT * 4);
+    (0..20).for_each(|_| assert!(fixture.mailbox.write_config(0, &[1])));
+    let end = loop {
+        match fixture.hear() {
+            Heard::Config(_) => {}
+            end => break end,
+        }
+    };
+    assert!(matches!(end, Heard::Lost(reason) if reason.contains("within 0.6 s")));
+    assert!(fixture.daemon.requests().iter().filter(|seen| **seen == Request::SetConfig).count() < 10);
+}
+
+#[test]
+fn a_stop_or_the_end_does_not_wait_for_config_writes() {
+    let fixture = session(slow_config_writes(SHORT));
+    let sent = || fixture.daemon.requests().iter().filter(|seen| **seen == Request::SetConfig).count();
+    (0..20).for_each(|_| assert!(fixture.mailbox.write_config(0, &[1])));
+    fixture.daemon.wait_for(Request::SetConfig, 3, |_| ());
+    fixture.mailbox.stop();
+    while fixture.hear() != Heard::Stopped {}
+    assert!(sent() < 10, "{}", sent());
+
+    let Fixture { daemon, mailbox, heard: _heard, _ear, _thread: thread } =
+        session(slow_config_writes(SHORT));
+    (0..20).for_each(|_| assert!(mailbox.write_config(0, &[1])));
+    daemon.wait_for(Request::SetConfig, 3, |_| ());
+    let ended = Instant::now();
+    drop(thread);
+    daemon.thread.join().unwrap();
+    assert!(ended.elapsed() < SHORT * 8, "{:?}", ended.elapsed());
 }
 
 #[test]

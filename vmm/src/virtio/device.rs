@@ -13,6 +13,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use cleave_common::exit::one_line;
 use cleave_common::virtio::DeviceType;
 
 use super::layout::{self, BAR, BAR_LEN, Capabilities, NOTIFY_STRIDE, Place};
@@ -34,7 +35,8 @@ pub enum DeviceEvent {
     Running,
     /// The daemon is gone, hangs or makes no sense; the guest goes on without it.
     Lost { reason: String },
-    /// The guest's driver asked for what cannot be; the device waits for a reset.
+    /// The guest's driver asked for what cannot be; the device waits for a reset. Said once until the device runs or
+    /// the machine is reset, however often the driver tries.
     Refused { reason: String },
 }
 
@@ -63,6 +65,8 @@ struct State {
     doorbells: Option<(u64, usize)>,
     /// Machine resets that wait for the session to stop.
     resets: Vec<ResetToken>,
+    /// A refusal has been said, and nothing has run since.
+    refusal_said: bool,
 }
 
 /// A virtio device behind a vhost-user session.
@@ -114,6 +118,7 @@ impl Device {
                 isr: 0,
                 doorbells: None,
                 resets: Vec::new(),
+                refusal_said: false,
             }),
         });
         let observer: Weak<dyn Observer> = Arc::downgrade(&(Arc::clone(&device) as Arc<dyn Observer>));
@@ -129,7 +134,9 @@ impl Device {
                 Err(error) => {
                     state.registers.refuse();
                     self.config_interrupt(state);
-                    (self.events)(DeviceEvent::Refused { reason: error.to_string() });
+                    if !std::mem::replace(&mut state.refusal_said, true) {
+                        (self.events)(DeviceEvent::Refused { reason: error.to_string() });
+                    }
                 }
             },
             Effect::Stop => self.mailbox.stop(),
@@ -289,6 +296,7 @@ impl PciDevice for Device {
         self.msix.reset();
         let mut state = self.lock();
         state.isr = 0;
+        state.refusal_said = false;
         let effect = state.registers.reset();
         self.act(&mut state, effect);
         if state.registers.is_stopping() {
@@ -299,6 +307,7 @@ impl PciDevice for Device {
 
 impl Observer for Device {
     fn started(&self) {
+        self.lock().refusal_said = false;
         (self.events)(DeviceEvent::Running);
     }
 
@@ -306,6 +315,9 @@ impl Observer for Device {
         let mut state = self.lock();
         state.registers.stopped();
         let complete = std::mem::take(&mut state.resets);
+        if !complete.is_empty() {
+            self.msix.forget_pending();
+        }
         drop(state);
         drop(complete);
     }
@@ -321,20 +333,8 @@ impl Observer for Device {
     }
 
     fn lost(&self, reason: &SessionError) {
-        let reason = cause_chain(reason);
-        (self.events)(DeviceEvent::Lost { reason });
+        (self.events)(DeviceEvent::Lost { reason: one_line(reason) });
     }
-}
-
-/// An error and its causes on one line.
-fn cause_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -66,6 +66,19 @@ fn what_comes_while_masked_is_pending_and_is_kept() {
 }
 
 #[test]
+fn what_is_pending_can_be_forgotten_but_not_what_is_on_its_way() {
+    let (msix, _host) = msix(2);
+    msix.set_control(ENABLED);
+    program(&msix, 1, MESSAGE, 0);
+    for vector in [0, 1] {
+        msix.event(vector).unwrap().signal();
+    }
+    msix.forget_pending();
+    assert_eq!(pending(&msix), 0);
+    assert!(msix.event(1).unwrap().is_signalled(), "the event of a live vector is KVM's");
+}
+
+#[test]
 fn a_new_message_on_a_live_vector_is_routed() {
     let (msix, host) = msix(1);
     msix.set_control(ENABLED);

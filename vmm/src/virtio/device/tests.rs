@@ -234,13 +234,27 @@ fn queues_outside_guest_memory_are_refused_and_a_reset_helps() {
     let f = fixture(Script::default());
     for bad in [1 << 30, (1 << 30) - 16, u64::MAX, 0x1001] {
         f.drive(bad);
-        let DeviceEvent::Refused { reason } = f.event() else { panic!() };
-        assert!(reason.contains("descriptor table of queue 1"), "{reason}");
         assert_eq!(f.get(STATUS, 1), 0x4f, "DEVICE_NEEDS_RESET");
         f.put(STATUS, 1, 0);
         assert_eq!(f.get(STATUS, 1), 0);
     }
+    let refused = || {
+        let DeviceEvent::Refused { reason } = f.event() else { panic!() };
+        assert!(reason.contains("descriptor table of queue 1"), "{reason}");
+    };
+    refused();
     f.running();
+    f.put(STATUS, 1, 0);
+    f.wait_for_reset();
+    f.drive(0x1001);
+    refused();
+    f.root.reset(|| ());
+    f.drive(0x1001);
+    refused();
+    assert!(
+        f.events.try_recv().is_err(),
+        "a refusal is said once until the device runs or the machine is reset"
+    );
 }
 
 #[test]
@@ -290,6 +304,19 @@ fn a_reset_of_the_machine_ends_when_the_session_has_stopped() {
     f.put(STATUS, 1, 0);
     f.root.reset(move || sender.send(()).unwrap());
     complete.recv_timeout(Duration::from_secs(5)).unwrap();
+}
+
+#[test]
+fn a_call_that_comes_late_in_a_reset_of_the_machine_is_forgotten() {
+    let script = Script { fault: Some((Request::GetVringBase, Fault::Mute)), ..Script::default() };
+    let f = fixture_within(script, SHORT);
+    f.running();
+    let (sender, complete) = channel();
+    f.root.reset(move || sender.send(()).unwrap());
+    let call = f.device.msix.event(2).unwrap();
+    call.signal();
+    complete.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert!(!call.is_signalled(), "the next guest would get it");
 }
 
 #[test]
