@@ -162,12 +162,15 @@ impl Engine {
         id
     }
 
-    /// No event of `id` comes out after this. Call it before the descriptor is closed.
+    /// No event of `id` comes out after this, and nothing refers to the descriptor's file. Call it before the descriptor is
+    /// closed.
     pub fn unwatch(&mut self, id: WatchId) {
         self.watches.retain(|watch| watch.id != id);
         let cancel =
             opcode::PollRemove::new(Token::Watch(id).encode()).build().user_data(Token::Ignore.encode());
         self.push(cancel);
+        // Now: the thread may sleep elsewhere next. What the ring has against it, the next wait reports.
+        let _ = self.poll();
     }
 
     fn arm(&mut self, id: WatchId, fd: i32) {
