@@ -8,7 +8,7 @@ use rustix::event::epoll;
 use tracing::{debug, warn};
 
 use super::{Answer, Refusal, Session};
-use crate::vring::{Call, QueueIndex, RingAddresses, SplitRing, Vring};
+use crate::vring::{Notifier, QueueIndex, RingAddresses, SplitRing, Vring};
 use cleave_common::vhost_user::features::virtio;
 
 /// What the frontend has said about one ring.
@@ -21,8 +21,8 @@ pub(super) struct RingSlot {
     /// The next entry of the available ring to fetch, while the device does not have the ring.
     next_avail: u16,
     kick: Option<OwnedFd>,
-    call: Call,
-    err: Option<Arc<OwnedFd>>,
+    call: Notifier,
+    err: Notifier,
     enabled: bool,
     /// It has been kicked since its last SET_VRING_KICK.
     started: bool,
@@ -181,7 +181,7 @@ impl Session<'_> {
 
     pub(super) fn set_vring_err(&mut self, which: VringFd, fd: Option<OwnedFd>) -> Result<Answer, Refusal> {
         let (_, slot) = self.slot(which.index.into())?;
-        slot.err = fd.map(Arc::new);
+        slot.err.set(fd);
         Ok(Answer::Done)
     }
 
