@@ -36,7 +36,7 @@ pub struct Vring {
     pub(crate) index: QueueIndex,
     pub(crate) ring: SplitRing,
     pub(crate) memory: Arc<GuestMemory>,
-    pub(crate) kick: OwnedFd,
+    pub(crate) kick: Arc<OwnedFd>,
     pub(crate) call: Notifier,
     pub(crate) err: Notifier,
     pub(crate) started: bool,
