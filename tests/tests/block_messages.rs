@@ -10,7 +10,9 @@ use cleave_common::vhost_user::{
     Channel, Flags, FrontendRequest as Request, MemoryRegion, MemoryTable, Payload, SingleRegion, VringAddr,
     VringFd,
 };
-use cleave_tests::driver::{BlockDriver, Frontend, GuestRam, IoStatus, PATIENCE, SplitQueue, USER_BASE};
+use cleave_tests::driver::{
+    BlockDriver, Buffer, Frontend, GuestRam, IoStatus, PATIENCE, RequestKind, SplitQueue, USER_BASE,
+};
 use common::{MIB, disk, pattern, refused, start, state};
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
@@ -100,6 +102,32 @@ fn bad_rings_are_refused_and_the_session_goes_on() {
     refused(frontend.tell(Request::SetProtocolFeatures, &u64::MAX, &[]));
     refused(frontend.tell(Request::PostcopyAdvise, &(), &[]));
     assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
+}
+
+#[test]
+fn a_ring_without_its_memory_waits_and_holds_up_no_other() {
+    let image = disk(MIB);
+    let daemon = start(&image, &["--num-queues", "2"]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 2).unwrap();
+    let features = driver.negotiated.acked;
+    let frontend = &mut driver.frontend;
+    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    // Queue 0 is set up in memory that then goes.
+    let extra = GuestRam::new(MIB).unwrap();
+    let at = 0x20_0000_0000;
+    let region = SingleRegion(MemoryRegion { guest_addr: at, size: MIB, user_addr: at, mmap_offset: 0 });
+    frontend.add_mem_reg(region, extra.fd()).unwrap();
+    let addr =
+        VringAddr { index: 0, flags: 0, descriptor: at, available: at + 65536, used: at + 131072, log: 0 };
+    frontend.tell(Request::SetVringAddr, &addr, &[]).unwrap();
+    frontend.tell(Request::RemMemReg, &region, &[]).unwrap();
+    let kick = VringFd { index: 0, no_fd: false };
+    refused(frontend.tell(Request::SetVringKick, &kick, &[event.as_fd()]));
+    frontend.tell(Request::SetVringEnable, &state(0, 0), &[]).unwrap();
+    refused(frontend.tell(Request::SetVringEnable, &state(0, 1), &[]));
+    frontend.tell(Request::SetFeatures, &features, &[]).unwrap();
+    let buffer = Buffer::to_write(driver.ram.allocate(512, 512), 512);
+    assert_eq!(driver.request_on(1, RequestKind::In, 0, &[buffer]).unwrap().0, IoStatus::Ok);
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod common;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,46 @@ fn a_second_frontend_is_refused_and_the_first_goes_on() {
     let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
     assert!(Frontend::connect(&daemon.socket).unwrap().is_closed());
     daemon.wait_for_log("refused a second frontend").unwrap();
+    assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
+}
+
+#[test]
+fn a_second_frontend_is_refused_under_one_that_never_rests() {
+    let image = disk(MIB);
+    let daemon = start(&image, &[]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+    driver.frontend.reply_ack = false;
+    let mut second = Frontend::connect(&daemon.socket).unwrap();
+    let refused = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let until = Instant::now() + PATIENCE;
+            while !refused.load(Ordering::Relaxed) && Instant::now() < until {
+                driver.frontend.tell(Request::SetOwner, &(), &[]).unwrap();
+            }
+        });
+        assert!(second.is_closed());
+        assert!(daemon.log().contains("refused a second frontend"), "the first one goes on");
+        refused.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
+}
+
+#[test]
+fn want_of_descriptors_ends_no_session() {
+    let image = disk(MIB);
+    let daemon = start(&image, &[]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+    let pid = rustix::process::Pid::from_raw(daemon.pid() as i32);
+    let old = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let none = rustix::process::Rlimit { current: Some(3), ..old };
+    let old = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, none).unwrap();
+    assert_eq!(old.current, old.maximum, "the daemon takes what it may have");
+    let mut second = Frontend::connect(&daemon.socket).unwrap();
+    daemon.wait_for_log("cannot accept a frontend now").unwrap();
+    assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
+    rustix::process::prlimit(pid, rustix::process::Resource::Nofile, old).unwrap();
+    assert!(second.is_closed());
     assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
 }
 

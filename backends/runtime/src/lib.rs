@@ -21,6 +21,4 @@ pub use queue_thread::{Command, Inbox, QueueThread};
 pub use server::run;
 pub use signals::Termination;
 pub use socket::{Endpoint, Listener, SocketError};
-pub use vring::{
-    Call, Chain, ChainError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring,
-};
+pub use vring::{Chain, ChainError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring};

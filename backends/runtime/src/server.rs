@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use cleave_common::exit::Failure;
 use cleave_common::vhost_user::{Channel, ChannelError, Received};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tracing::{info, warn};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tracing::{debug, info, warn};
 
 use crate::device::Device;
 use crate::footprint;
@@ -26,6 +27,9 @@ use crate::socket::{Endpoint, Listener};
 
 /// How long a second frontend waits for the first one's end.
 const SUCCESSOR_GRACE: Duration = Duration::from_millis(300);
+
+/// How long nobody is accepted after descriptors were short.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(300);
 
 /// What a turn of the loop found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,10 +52,19 @@ enum End {
 /// # Errors
 /// The host failed us: waiting or accepting does not work.
 pub fn run(device: &mut dyn Device, endpoint: Endpoint, termination: &Termination) -> Result<(), Failure> {
+    raise_descriptor_limit();
     footprint::drop_startup_code();
     match endpoint {
         Endpoint::Connected(stream) => serve(device, stream, None, termination).map(|_| ()),
         Endpoint::Listening(listener) => serve_all(device, &listener, termination),
+    }
+}
+
+/// A frontend may send a descriptor for each region of its memory, and two or three for each ring.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        debug!("the limit of open files stays as it is: {errno}");
     }
 }
 
@@ -61,7 +74,17 @@ fn serve_all(device: &mut dyn Device, listener: &Listener, termination: &Termina
         let stream = match next.take() {
             Some(stream) => Some(stream),
             None if wait(termination, None, Some(listener), None)? == Event::Terminate => return Ok(()),
-            None => listener.accept().map_err(Failure::host)?,
+            None => match accept(listener)? {
+                Knock::Frontend(stream) => Some(stream),
+                Knock::Nobody => None,
+                Knock::Shortage => {
+                    let until = Instant::now() + SHORTAGE_PAUSE;
+                    if wait(termination, None, None, Some(until))? == Event::Terminate {
+                        return Ok(());
+                    }
+                    None
+                }
+            },
         };
         let Some(stream) = stream else { continue };
         match serve(device, stream, Some(listener), termination)? {
@@ -69,6 +92,30 @@ fn serve_all(device: &mut dyn Device, listener: &Listener, termination: &Termina
             End::Frontend(successor) => next = successor,
         }
     }
+}
+
+/// What came of a knock.
+enum Knock {
+    Frontend(UnixStream),
+    /// It went away again.
+    Nobody,
+    /// It stays in the backlog: there is no descriptor, or no memory, for it now.
+    Shortage,
+}
+
+fn accept(listener: &Listener) -> Result<Knock, Failure> {
+    match listener.accept() {
+        Ok(accepted) => Ok(accepted.map_or(Knock::Nobody, Knock::Frontend)),
+        Err(error) if is_shortage(&error) => {
+            warn!("cannot accept a frontend now: {error}");
+            Ok(Knock::Shortage)
+        }
+        Err(error) => Err(Failure::host(error)),
+    }
+}
+
+fn is_shortage(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
 /// One session.
@@ -81,25 +128,31 @@ fn serve(
     info!("a frontend connected");
     let mut channel = Channel::new(stream);
     let mut session = Session::new(device);
-    let mut second: Option<(UnixStream, Instant)> = None;
+    // The stream of a second frontend, unless there was no descriptor for it.
+    let mut second: Option<(Option<UnixStream>, Instant)> = None;
     loop {
         // While one waits, others stay in the backlog.
         let knocking = listener.filter(|_| second.is_none());
         match wait(termination, Some(&channel), knocking, second.as_ref().map(|(_, until)| *until))? {
             Event::Terminate => return Ok(End::Terminate),
             Event::Knock => {
-                let accepted = knocking.map_or(Ok(None), Listener::accept).map_err(Failure::host)?;
-                second = accepted.map(|stream| (stream, Instant::now() + SUCCESSOR_GRACE));
+                let Some(listener) = knocking else { continue };
+                second = match accept(listener)? {
+                    Knock::Frontend(stream) => Some((Some(stream), Instant::now() + SUCCESSOR_GRACE)),
+                    Knock::Nobody => None,
+                    Knock::Shortage => Some((None, Instant::now() + SHORTAGE_PAUSE)),
+                };
             }
             Event::GraceOver => {
-                warn!("refused a second frontend: one is connected already");
-                second = None;
+                if let Some((Some(_), _)) = second.take() {
+                    warn!("refused a second frontend: one is connected already");
+                }
             }
             Event::Frontend if !handle_one(&mut session, &mut channel) => break,
             Event::Frontend => {}
         }
     }
-    Ok(End::Frontend(second.map(|(stream, _)| stream)))
+    Ok(End::Frontend(second.and_then(|(stream, _)| stream)))
 }
 
 /// Takes one message, if a whole one is there. `false`: the session is over.
@@ -119,7 +172,8 @@ fn handle_one(session: &mut Session<'_>, channel: &mut Channel) -> bool {
     handled.is_ok()
 }
 
-/// Waits for the most urgent event.
+/// Waits for the most urgent event. A frontend that talks does not put off the deadline; one that hung up goes before it,
+/// for its successor's sake.
 fn wait(
     termination: &Termination,
     channel: Option<&Channel>,
@@ -143,8 +197,9 @@ fn wait(
             Err(errno) => return Err(Failure::host(std::io::Error::from(errno))),
         }
         let ready = fds.iter().zip(sources.iter().flatten()).find(|(fd, _)| !fd.revents().is_empty());
-        if let Some((_, (_, event))) = ready {
-            return Ok(*event);
-        }
+        let Some((fd, (_, event))) = ready else { continue };
+        let hung_up = fd.revents().contains(PollFlags::HUP);
+        let over = deadline.is_some_and(|deadline| deadline <= Instant::now());
+        return Ok(if over && *event == Event::Frontend && !hung_up { Event::GraceOver } else { *event });
     }
 }

@@ -8,8 +8,8 @@
 //! [`crate::Vring::is_started`]: the device touches nothing before the first kick. Whatever changes under a running ring takes it
 //! from the device (which drains it), changes, and hands it back.
 //!
-//! Invariants: a message is checked whole before anything is changed; a refusal changes nothing; when the session is
-//! dropped the device has no vring.
+//! Invariants: a message is checked whole before anything is changed; a refusal changes nothing (but a ring that its device
+//! fails to start stays stopped); when the session is dropped the device has no vring.
 
 mod rings;
 
@@ -205,7 +205,7 @@ impl<'d> Session<'d> {
         if features & virtio::PROTOCOL_FEATURES == 0 {
             self.rings.iter_mut().for_each(RingSlot::enable);
         }
-        self.resume_rings()?;
+        self.resume_rings();
         Ok(Answer::Done)
     }
 
@@ -223,11 +223,7 @@ impl<'d> Session<'d> {
     fn set_memory(&mut self, memory: GuestMemory) -> Answer {
         self.pause_rings();
         self.memory = Arc::new(memory);
-        for index in self.indices() {
-            if let Err(error) = self.resume(index) {
-                warn!("{index} waits, after a change of memory: {error}");
-            }
-        }
+        self.resume_rings();
         Answer::Done
     }
 
@@ -247,6 +243,7 @@ impl<'d> Session<'d> {
     fn reset_device(&mut self) -> Result<Answer, Refusal> {
         self.pause_rings();
         self.rings.iter_mut().for_each(|ring| *ring = RingSlot::default());
+        self.acked_features = 0;
         self.device.reset();
         Ok(Answer::Done)
     }

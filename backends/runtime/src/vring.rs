@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use crate::memory::GuestMemory;
 pub use chain::{Chain, ChainError, MAX_SEGMENTS, Segment};
-pub use notify::Call;
+pub(crate) use notify::Notifier;
 pub(crate) use split::SplitRing;
 pub use split::{RingAddresses, RingError};
 
@@ -36,9 +36,9 @@ pub struct Vring {
     pub(crate) index: QueueIndex,
     pub(crate) ring: SplitRing,
     pub(crate) memory: Arc<GuestMemory>,
-    pub(crate) kick: OwnedFd,
-    pub(crate) call: Call,
-    pub(crate) err: Option<Arc<OwnedFd>>,
+    pub(crate) kick: Arc<OwnedFd>,
+    pub(crate) call: Notifier,
+    pub(crate) err: Notifier,
     pub(crate) started: bool,
 }
 
@@ -119,8 +119,6 @@ impl Vring {
 
     /// Tells the frontend that this ring is broken, where it asked to be told (SET_VRING_ERR).
     pub fn signal_broken(&self) {
-        if let Some(err) = &self.err {
-            notify::signal(err);
-        }
+        self.err.signal();
     }
 }

@@ -10,6 +10,7 @@
 
 mod transfer;
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -55,6 +56,8 @@ pub enum Event {
 /// One thread's I/O on one image.
 pub struct Engine {
     ring: IoUring,
+    /// What the full submission queue had no room for, in order.
+    backlog: VecDeque<squeue::Entry>,
     image: Arc<Image>,
     /// By tag, as far as any was used: most queues are much shorter than they may be.
     slots: Vec<Slot>,
@@ -106,7 +109,8 @@ impl Engine {
         })?;
         ring.submitter().register_files(&[image.file().as_raw_fd()])?;
         let slots = Vec::new();
-        Ok(Self { ring, image, slots, depth, in_flight: 0, watches: Vec::new(), next_watch: 0 })
+        let backlog = VecDeque::new();
+        Ok(Self { ring, backlog, image, slots, depth, in_flight: 0, watches: Vec::new(), next_watch: 0 })
     }
 
     /// Requests whose event is not out yet.
@@ -158,28 +162,32 @@ impl Engine {
         id
     }
 
-    /// No event of `id` comes out after this. Call it before the descriptor is closed.
+    /// No event of `id` comes out after this, and nothing refers to the descriptor's file. Call it before the descriptor is
+    /// closed.
     pub fn unwatch(&mut self, id: WatchId) {
         self.watches.retain(|watch| watch.id != id);
         let cancel =
             opcode::PollRemove::new(Token::Watch(id).encode()).build().user_data(Token::Ignore.encode());
-        self.push(&cancel);
+        self.push(cancel);
+        // Now: the thread may sleep elsewhere next. What the ring has against it, the next wait reports.
+        let _ = self.poll();
     }
 
     fn arm(&mut self, id: WatchId, fd: i32) {
         let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
-        self.push(&poll.user_data(Token::Watch(id).encode()));
+        self.push(poll.user_data(Token::Watch(id).encode()));
     }
 
     /// Submits what has gathered and lets events come that are ready, without waiting.
     pub fn poll(&mut self) -> io::Result<()> {
         const GETEVENTS: u32 = 1;
+        if !self.submit_backlog()? {
+            return Ok(());
+        }
         let pending = self.ring.submission().len() as u32;
         // SAFETY: no argument is passed, and the entries are valid by `push`.
         match unsafe { self.ring.submitter().enter::<libc::sigset_t>(pending, 0, GETEVENTS, None) } {
-            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
-                Err(error)
-            }
+            Err(error) if !is_passing(&error) => Err(error),
             _ => Ok(()),
         }
     }
@@ -189,14 +197,14 @@ impl Engine {
     /// # Errors
     /// The ring is broken; nothing can be waited for any more.
     pub fn wait(&mut self) -> io::Result<()> {
+        if !self.submit_backlog()? {
+            return Ok(());
+        }
         loop {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The completion queue overflowed, or the kernel is short of memory: completions first.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => {
-                    return Ok(());
-                }
+                Err(error) if is_passing(&error) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
@@ -257,21 +265,43 @@ impl Engine {
 
     fn submit_slot(&mut self, tag: u16) {
         let entry = self.slots[usize::from(tag)].entry().user_data(Token::Slot(tag).encode());
-        self.push(&entry);
+        self.push(entry);
     }
 
-    fn push(&mut self, entry: &squeue::Entry) {
-        loop {
+    /// Lines `entry` up for the kernel, without waiting: what keeps it from taking entries is reported by the next wait.
+    fn push(&mut self, entry: squeue::Entry) {
+        self.backlog.push_back(entry);
+        self.fill_queue();
+        if !self.backlog.is_empty() && self.ring.submit().is_ok() {
+            self.fill_queue();
+        }
+    }
+
+    /// Moves the backlog to the submission queue, as far as it has room.
+    fn fill_queue(&mut self) {
+        let mut queue = self.ring.submission();
+        while let Some(entry) = self.backlog.front() {
             // SAFETY: what an entry points to lives until its completion: buffers by the promise of `transfer`, iovecs
             // and aligned memory in their slot, which is not reused before.
-            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+            if unsafe { queue.push(entry) }.is_err() {
                 return;
             }
-            // The queue is full; whatever keeps the kernel from taking entries is reported by the next wait.
-            if self.ring.submit().is_err() {
-                std::thread::yield_now();
+            self.backlog.pop_front();
+        }
+    }
+
+    /// `false`: the kernel takes nothing before the completions that have come are taken out.
+    fn submit_backlog(&mut self) -> io::Result<bool> {
+        self.fill_queue();
+        while !self.backlog.is_empty() {
+            match self.ring.submit() {
+                Ok(_) => self.fill_queue(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_passing(&error) => return Ok(false),
+                Err(error) => return Err(error),
             }
         }
+        Ok(true)
     }
 
     /// What buffers must be aligned to: address, length.
@@ -281,6 +311,11 @@ impl Engine {
             CacheMode::Writeback | CacheMode::Writethrough => (1, 1),
         }
     }
+}
+
+/// A signal came, the completion queue overflowed, or the kernel is short of memory: completions first.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN))
 }
 
 /// The kernel may still write to the slots' memory: it does not outlive the engine unfinished.

@@ -8,7 +8,7 @@ use rustix::event::epoll;
 use tracing::{debug, warn};
 
 use super::{Answer, Refusal, Session};
-use crate::vring::{Call, QueueIndex, RingAddresses, SplitRing, Vring};
+use crate::vring::{Notifier, QueueIndex, RingAddresses, SplitRing, Vring};
 use cleave_common::vhost_user::features::virtio;
 
 /// What the frontend has said about one ring.
@@ -20,9 +20,9 @@ pub(super) struct RingSlot {
     addresses: Option<[u64; 3]>,
     /// The next entry of the available ring to fetch, while the device does not have the ring.
     next_avail: u16,
-    kick: Option<OwnedFd>,
-    call: Call,
-    err: Option<Arc<OwnedFd>>,
+    kick: Option<Arc<OwnedFd>>,
+    call: Notifier,
+    err: Notifier,
     enabled: bool,
     /// It has been kicked since its last SET_VRING_KICK.
     started: bool,
@@ -32,6 +32,16 @@ pub(super) struct RingSlot {
 impl RingSlot {
     pub(super) fn enable(&mut self) {
         self.enabled = true;
+    }
+
+    /// Whether its parts are where a ring of its size may be, as far as that is known yet.
+    fn check_addresses(&self, memory: &super::GuestMemory) -> Result<(), Refusal> {
+        match self.addresses {
+            Some(user) if self.size != 0 && !memory.is_empty() => {
+                RingAddresses::translate(memory, user, self.size).map(drop).ok_or(Refusal::VringOutsideMemory)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Makes the vring to hand to the device, once all there is to know about it is known.
@@ -49,12 +59,11 @@ impl RingSlot {
         let addresses =
             RingAddresses::translate(memory, user, self.size).ok_or(Refusal::VringOutsideMemory)?;
         let ring = SplitRing::new(memory, addresses, self.size, self.next_avail, event_idx)?;
-        let kick = kick.try_clone().map_err(|error| Refusal::Device(error.into()))?;
         Ok(Some(Vring {
             index,
             ring,
             memory: memory.clone(),
-            kick,
+            kick: kick.clone(),
             call: self.call.clone(),
             err: self.err.clone(),
             started: self.started,
@@ -113,8 +122,13 @@ impl Session<'_> {
         self.indices().for_each(|index| self.pause(index));
     }
 
-    pub(super) fn resume_rings(&mut self) -> Result<(), Refusal> {
-        self.indices().try_for_each(|index| self.resume(index))
+    /// After a change to all of them. A ring that may not run as it is now waits for what it lacks.
+    pub(super) fn resume_rings(&mut self) {
+        for index in self.indices() {
+            if let Err(error) = self.resume(index) {
+                warn!("{index} waits: {error}");
+            }
+        }
     }
 
     pub(super) fn set_vring_num(&mut self, state: VringState) -> Result<Answer, Refusal> {
@@ -164,11 +178,15 @@ impl Session<'_> {
     }
 
     pub(super) fn set_vring_kick(&mut self, which: VringFd, fd: Option<OwnedFd>) -> Result<Answer, Refusal> {
-        let (index, _) = self.slot(which.index.into())?;
+        let memory = self.memory.clone();
+        let (index, slot) = self.slot(which.index.into())?;
         let fd = fd.filter(can_be_waited_for).ok_or(Refusal::NoKick(which.index))?;
+        if slot.enabled {
+            slot.check_addresses(&memory)?;
+        }
         self.pause(index);
         // A ring that was started stays so: a kick that came on the old descriptor is not lost.
-        self.rings[usize::from(index.0)].kick = Some(fd);
+        self.rings[usize::from(index.0)].kick = Some(Arc::new(fd));
         self.resume(index)?;
         Ok(Answer::Done)
     }
@@ -181,11 +199,12 @@ impl Session<'_> {
 
     pub(super) fn set_vring_err(&mut self, which: VringFd, fd: Option<OwnedFd>) -> Result<Answer, Refusal> {
         let (_, slot) = self.slot(which.index.into())?;
-        slot.err = fd.map(Arc::new);
+        slot.err.set(fd);
         Ok(Answer::Done)
     }
 
     pub(super) fn set_vring_enable(&mut self, state: VringState) -> Result<Answer, Refusal> {
+        let memory = self.memory.clone();
         let (index, slot) = self.slot(state.index)?;
         match state.num {
             0 => {
@@ -193,6 +212,9 @@ impl Session<'_> {
                 self.pause(index);
             }
             1 => {
+                if slot.kick.is_some() {
+                    slot.check_addresses(&memory)?;
+                }
                 slot.enabled = true;
                 self.resume(index)?;
             }

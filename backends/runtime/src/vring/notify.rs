@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 
-/// A vring's call eventfd, which the frontend may exchange while the ring runs (it does so to mask an interrupt).
+/// A vring's call or error eventfd, which the frontend may exchange while the ring runs (it does so to mask an interrupt).
 #[derive(Debug, Clone, Default)]
-pub struct Call(Arc<Mutex<Option<OwnedFd>>>);
+pub(crate) struct Notifier(Arc<Mutex<Option<OwnedFd>>>);
 
-impl Call {
-    /// `None`: the driver polls the used ring.
+impl Notifier {
+    /// `None`: nobody wants to be told; of a call, the driver polls the used ring.
     pub(crate) fn set(&self, fd: Option<OwnedFd>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = fd;
     }
@@ -25,7 +25,7 @@ impl Call {
 
 /// Adds one to an eventfd. What the frontend gave as one may be anything whose write blocks; one that is not ready is
 /// full, and its reader is told already.
-pub(crate) fn signal(fd: &OwnedFd) {
+fn signal(fd: &OwnedFd) {
     let blocking = fcntl_getfl(fd).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK));
     if blocking {
         let mut fds = [PollFd::new(fd, PollFlags::OUT)];

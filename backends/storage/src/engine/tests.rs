@@ -2,7 +2,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 
 use proptest::prelude::*;
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::*;
 use crate::image::ImageOptions;
@@ -133,6 +133,19 @@ fn watches_report_each_edge_until_they_end() {
     assert!(matches!(engine.next_event(), Some(Event::WatchLost(got)) if got == id));
     engine.poll().unwrap();
     assert!(engine.next_event().is_none());
+}
+
+#[test]
+fn a_watch_that_ended_holds_no_file() {
+    let (_file, mut engine) = engine(CacheMode::Writeback, 8);
+    let (read_end, write_end) = rustix::pipe::pipe().unwrap();
+    let id = engine.watch(read_end.as_fd());
+    engine.poll().unwrap();
+    engine.unwatch(id);
+    drop(read_end);
+    let mut fds = [PollFd::new(&write_end, PollFlags::OUT)];
+    poll(&mut fds, Some(&Timespec::default())).unwrap();
+    assert!(fds[0].revents().contains(PollFlags::ERR), "the pipe has a reader");
 }
 
 #[test]
