@@ -66,7 +66,7 @@ pub struct RamOptions {
     pub backing: Backing,
     /// Bytes, for [`Backing::Hugetlbfs`]; the host's default size if absent.
     pub page_size: Option<u64>,
-    /// Take every page from the host now.
+    /// Take every page from the host now, in huge pages where it has them.
     pub prefault: bool,
 }
 
@@ -197,6 +197,7 @@ impl GuestRam {
     }
 
     fn prefault(&self) -> Result<(), MemoryError> {
+        self.take_huge_pages(0..u64::MAX);
         self.regions()
             .try_for_each(|region| mapping::populate(&region))
             .map_err(|error| MemoryError::Prefault(self.size, error))
