@@ -31,12 +31,23 @@ impl From<ExitCode> for std::process::ExitCode {
 #[derive(Debug)]
 pub struct Failure {
     pub code: ExitCode,
+    explained: bool,
     source: Box<dyn Error + Send + Sync>,
 }
 
 impl Failure {
     pub fn new(code: ExitCode, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { code, source: source.into() }
+        Self { code, explained: false, source: source.into() }
+    }
+
+    /// The same failure, of which a person has been told already: by a daemon that said why it ended.
+    pub fn explained(self) -> Self {
+        Self { explained: true, ..self }
+    }
+
+    /// Whether saying it again would only repeat.
+    pub fn is_explained(&self) -> bool {
+        self.explained
     }
 
     pub fn usage(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {

@@ -30,7 +30,9 @@ fn main() -> std::process::ExitCode {
     match result {
         Ok(()) => ExitCode::Success.into(),
         Err(failure) => {
-            eprintln!("cleave: {failure}");
+            if !failure.is_explained() {
+                eprintln!("cleave: {failure}");
+            }
             failure.code.into()
         }
     }

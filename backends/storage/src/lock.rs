@@ -64,20 +64,22 @@ fn set_lock(file: &File, kind: i32) -> io::Result<()> {
 /// Looks through the locks of every process we may look at: the kernel gives no process for this kind of lock.
 fn holder(file: &File) -> Option<String> {
     let meta = file.metadata().ok()?;
-    let (major, minor) = (rustix::fs::major(meta.dev()), rustix::fs::minor(meta.dev()));
-    let inode = format!(" {major:02x}:{minor:02x}:{} ", meta.ino());
     let own = std::process::id();
     let pids =
         fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let pid = pids.filter(|pid: &u32| *pid != own).find(|pid| holds(*pid, &inode))?;
+    let pid = pids.filter(|pid: &u32| *pid != own).find(|pid| holds(*pid, &meta))?;
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     Some(format!("{} (process {pid})", name.trim()))
 }
 
-fn holds(pid: u32, inode: &str) -> bool {
+/// Whether a process has a lock on this very file. The device number beside a lock is not always the file's: on an
+/// overlay it is another.
+fn holds(pid: u32, file: &fs::Metadata) -> bool {
     let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return false };
     fds.flatten().any(|entry| {
         let info = fs::read_to_string(entry.path()).unwrap_or_default();
-        info.lines().any(|line| line.starts_with("lock:") && format!("{line} ").contains(inode))
+        let target = format!("/proc/{pid}/fd/{}", entry.file_name().display());
+        info.lines().any(|line| line.starts_with("lock:"))
+            && fs::metadata(target).is_ok_and(|it| (it.dev(), it.ino()) == (file.dev(), file.ino()))
     })
 }
