@@ -238,3 +238,18 @@ fn an_ioeventfd_takes_writes_of_every_width_off_the_bus() {
     let ports: Vec<_> = (0..4).map(|_| guest.wrote().0).collect();
     assert_eq!(ports, [0x52, 0x52, 0x52, 0x51]);
 }
+
+#[test]
+#[cfg_attr(no_kvm, ignore = "there is no /dev/kvm that can be opened")]
+fn a_reset_meets_no_half_done_access() {
+    // out 0x51, al; mov ax, 0xffff; mov ds, ax; then for ever: mov [0x20], al, which is beyond RAM
+    let code = [0xe6, 0x51, 0xb8, 0xff, 0xff, 0x8e, 0xd8, 0xa2, 0x20, 0x00, 0xeb, 0xfb];
+    let guest = Guest::new(&code, &[]);
+    for _ in 0..200 {
+        guest.vcpu.run();
+        assert_eq!(guest.wrote().0, 0x51);
+        guest.vcpu.park();
+        assert!(matches!(guest.event(), VcpuEvent::Parked));
+        guest.vcpu.reset(Some(real_mode()));
+    }
+}

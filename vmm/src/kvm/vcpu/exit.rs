@@ -159,37 +159,63 @@ impl fmt::Display for Registers {
     }
 }
 
+/// What became of one KVM_RUN.
+enum Entry {
+    /// It ended without an access: a signal, or the wait for a start-up IPI is over.
+    Interrupted,
+    /// It ended with an access, which is answered.
+    Handled,
+    Ended(VcpuEvent),
+}
+
 /// Enters the guest once. The event, if the guest cannot go on.
 pub(super) fn run_once<H: ExitHandler + ?Sized>(fd: &mut VcpuFd, handler: &H) -> Option<VcpuEvent> {
+    match enter(fd, handler) {
+        Entry::Interrupted | Entry::Handled => None,
+        Entry::Ended(event) => Some(event),
+    }
+}
+
+/// Completes the instruction whose access the last exit was for, and runs no other; `immediate_exit` must be set.
+/// Until then part of it is kept inside KVM (KVM API, 5, KVM_EXIT_MMIO), where a reset of the registers would meet it.
+pub(super) fn settle<H: ExitHandler + ?Sized>(fd: &mut VcpuFd, handler: &H) -> Option<VcpuEvent> {
+    loop {
+        match enter(fd, handler) {
+            Entry::Interrupted => return None,
+            // The instruction has one more access.
+            Entry::Handled => {}
+            Entry::Ended(event) => return Some(event),
+        }
+    }
+}
+
+fn enter<H: ExitHandler + ?Sized>(fd: &mut VcpuFd, handler: &H) -> Entry {
     let exit = match fd.run() {
         Ok(exit) => exit,
         Err(error) => {
             return match error.errno() {
                 // EAGAIN: a vCPU that waited for its start-up IPI has got it.
-                libc::EINTR | libc::EAGAIN => None,
-                _ => Some(VcpuEvent::Error(KvmError::Ioctl { what: "run a vCPU", source: error.into() })),
+                libc::EINTR | libc::EAGAIN => Entry::Interrupted,
+                _ => Entry::Ended(VcpuEvent::Error(KvmError::Ioctl {
+                    what: "run a vCPU",
+                    source: error.into(),
+                })),
             };
         }
     };
     match exit {
-        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => {
-            pio(fd, handler);
-            None
-        }
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => pio(fd, handler),
         VcpuExit::MmioRead(address, data) => {
             data.fill(0xff);
             handler.mmio_read(address, data);
-            None
         }
-        VcpuExit::MmioWrite(address, data) => {
-            handler.mmio_write(address, data);
-            None
-        }
+        VcpuExit::MmioWrite(address, data) => handler.mmio_write(address, data),
         other => {
             let end = End::of(&other);
-            end.event(fd)
+            return end.event(fd).map_or(Entry::Handled, Entry::Ended);
         }
     }
+    Entry::Handled
 }
 
 /// A port access, one element at a time: a string instruction brings many at once, and kvm-ioctls does not say how

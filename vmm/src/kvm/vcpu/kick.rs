@@ -69,6 +69,12 @@ impl ExitRequest {
         Self { flag, _thread: PhantomData }
     }
 
+    /// Makes the next KVM_RUN return without running the guest.
+    pub(super) fn set(&self) {
+        // SAFETY: as in `clear`.
+        unsafe { AtomicU8::from_ptr(self.flag) }.store(1, Ordering::Release);
+    }
+
     pub(super) fn clear(&self) {
         // SAFETY: kvm_run is mapped as long as the vCPU lives, which outlives self; a byte is always aligned.
         unsafe { AtomicU8::from_ptr(self.flag) }.store(0, Ordering::Release);

@@ -14,6 +14,7 @@
 //!   into the queue: it is set after the command is in, and the signal is sent after that.
 //! - A parked vCPU answers every `park` with [`VcpuEvent::Parked`]; after a terminal exit the event itself is the answer,
 //!   and the thread is parked when it is sent.
+//! - A parked vCPU has no half-done instruction: what KVM keeps of one is completed before it parks.
 //! - [`kick`] states why a signal cannot be lost between the look into the queue and KVM_RUN.
 
 mod exit;
@@ -210,7 +211,7 @@ impl<H: ExitHandler> Runner<H> {
             // This order is what keeps a signal from being lost; see `kick`.
             request.clear();
             if self.pending.swap(false, Ordering::AcqRel)
-                && let Some(next) = self.obey_while_running()
+                && let Some(next) = self.obey_while_running(request)
             {
                 return next;
             }
@@ -222,12 +223,14 @@ impl<H: ExitHandler> Runner<H> {
     }
 
     /// The state that the commands in the queue leave a running vCPU in, if it is another.
-    fn obey_while_running(&mut self) -> Option<Next> {
+    fn obey_while_running(&mut self, request: &ExitRequest) -> Option<Next> {
         while let Ok(command) = self.queue.try_recv() {
             match command {
                 Command::Run => {}
                 Command::Park => {
-                    self.tell(VcpuEvent::Parked);
+                    request.set();
+                    let event = exit::settle(&mut self.fd, &*self.handler);
+                    self.tell(event.unwrap_or(VcpuEvent::Parked));
                     return Some(Next::Park);
                 }
                 Command::Stop => return Some(Next::Stop),
