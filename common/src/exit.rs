@@ -31,18 +31,23 @@ impl From<ExitCode> for std::process::ExitCode {
 #[derive(Debug)]
 pub struct Failure {
     pub code: ExitCode,
-    /// Somebody else has told the person already: a daemon of ours, on the standard error that it shares with us.
-    pub told: bool,
+    explained: bool,
     source: Box<dyn Error + Send + Sync>,
 }
 
 impl Failure {
     pub fn new(code: ExitCode, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { code, told: false, source: source.into() }
+        Self { code, explained: false, source: source.into() }
     }
 
-    pub fn already_told(self) -> Self {
-        Self { told: true, ..self }
+    /// The same failure, of which a person has been told already: by a daemon that said why it ended.
+    pub fn explained(self) -> Self {
+        Self { explained: true, ..self }
+    }
+
+    /// Whether saying it again would only repeat.
+    pub fn is_explained(&self) -> bool {
+        self.explained
     }
 
     pub fn usage(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {

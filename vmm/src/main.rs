@@ -30,7 +30,7 @@ fn main() -> std::process::ExitCode {
     match result {
         Ok(()) => ExitCode::Success.into(),
         Err(failure) => {
-            if !failure.told {
+            if !failure.is_explained() {
                 eprintln!("cleave: {failure}");
             }
             failure.code.into()

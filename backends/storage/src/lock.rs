@@ -72,13 +72,14 @@ fn holder(file: &File) -> Option<String> {
     Some(format!("{} (process {pid})", name.trim()))
 }
 
-/// Whether the process has a lock on that file. The lock's own device and inode numbers are not compared: an overlay
-/// file system shows others in them than stat does.
+/// Whether a process has a lock on this very file. The device number beside a lock is not always the file's: on an
+/// overlay it is another.
 fn holds(pid: u32, file: &fs::Metadata) -> bool {
-    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return false };
     fds.flatten().any(|entry| {
-        let same = fs::metadata(entry.path()).is_ok_and(|m| m.dev() == file.dev() && m.ino() == file.ino());
-        let info = || fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", entry.file_name().display()));
-        same && info().is_ok_and(|info| info.lines().any(|line| line.starts_with("lock:")))
+        let info = fs::read_to_string(entry.path()).unwrap_or_default();
+        let target = format!("/proc/{pid}/fd/{}", entry.file_name().display());
+        info.lines().any(|line| line.starts_with("lock:"))
+            && fs::metadata(target).is_ok_and(|it| (it.dev(), it.ino()) == (file.dev(), file.ino()))
     })
 }

@@ -11,6 +11,10 @@ use crate::error::{Context, Error, Result, run};
 use crate::kernel::Kernel;
 use crate::tools::Tools;
 
+/// Everything QEMU emulates but three features. With them, 5 of 12 guests that made system calls on two CPUs of a
+/// loaded machine hung, crashed or took L1 with them, under QEMU's own VMM as under ours.
+const CPU: &str = "max,+svm,+npt,-la57,-vgif,-pku";
+
 /// Boots L1 with the job on its share.
 pub(super) fn in_l1(
     tools: &Tools,
@@ -23,7 +27,7 @@ pub(super) fn in_l1(
     write_settings(kernel, directory, interactive)?;
     let mut command = dying_with_us();
     command.arg(tools.qemu_path());
-    command.args(["-M", "q35", "-cpu", "max,+svm,+npt", "-nodefaults", "-display", "none", "-no-reboot"]);
+    command.args(["-M", "q35", "-cpu", CPU, "-nodefaults", "-display", "none", "-no-reboot"]);
     command.args(["-m", &format!("{}M", job.memory.bytes() >> 20)]);
     if job.instruction_clock {
         command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);

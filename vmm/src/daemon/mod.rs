@@ -191,8 +191,9 @@ impl Daemon {
         self.wait_until(Instant::now() + LAST_WORDS);
         let Some(exit) = self.exit() else { return Failure::device(error) };
         match exit.status.code() {
-            Some(2) => Failure::new(ExitCode::Usage, exit).already_told(),
-            Some(3) => Failure::new(ExitCode::Host, exit).already_told(),
+            // Daemons end with these only after a line on standard error, which is also ours.
+            Some(2) => Failure::new(ExitCode::Usage, exit).explained(),
+            Some(3) => Failure::new(ExitCode::Host, exit).explained(),
             _ => Failure::device(exit),
         }
     }
