@@ -106,7 +106,7 @@ impl<'e> Queue<'e> {
 
     /// Takes what the guest has made available. `true`: there is more, for the next turn.
     fn fetch(&mut self) -> bool {
-        if self.broken || !self.vring.is_started() {
+        if self.broken || !self.vring.is_started() || !self.engine.has_room() {
             return false;
         }
         let fetched = self.fetch_some();

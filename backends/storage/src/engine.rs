@@ -27,6 +27,9 @@ const IMAGE: types::Fixed = types::Fixed(0);
 /// Most submissions that gather before the kernel is told.
 const MAX_SQ: u32 = 128;
 
+/// Bytes of aligned memory, for transfers whose own is not, past which no more requests are wanted.
+const MAX_BOUNCED: usize = 4 << 20;
+
 /// Why there is no engine.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -63,6 +66,8 @@ pub struct Engine {
     slots: Vec<Slot>,
     depth: u16,
     in_flight: usize,
+    /// Bytes of aligned memory that requests in flight hold.
+    bounced: usize,
     watches: Vec<Watch>,
     next_watch: u32,
 }
@@ -110,12 +115,27 @@ impl Engine {
         ring.submitter().register_files(&[image.file().as_raw_fd()])?;
         let slots = Vec::new();
         let backlog = VecDeque::new();
-        Ok(Self { ring, backlog, image, slots, depth, in_flight: 0, watches: Vec::new(), next_watch: 0 })
+        Ok(Self {
+            ring,
+            backlog,
+            image,
+            slots,
+            depth,
+            in_flight: 0,
+            bounced: 0,
+            watches: Vec::new(),
+            next_watch: 0,
+        })
     }
 
     /// Requests whose event is not out yet.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// Whether another request is welcome. If not, some are in flight: wait for an event first.
+    pub fn has_room(&self) -> bool {
+        self.bounced < MAX_BOUNCED
     }
 
     /// Whether the request of `tag` is in flight. Tags at or past the depth never are.
@@ -137,7 +157,9 @@ impl Engine {
         buffers: impl IntoIterator<Item = libc::iovec>,
     ) {
         let align = self.alignment();
-        self.free_slot(tag).begin(transfer, buffers, align);
+        let slot = self.free_slot(tag);
+        slot.begin(transfer, buffers, align);
+        self.bounced += slot.bounced();
         self.in_flight += 1;
         self.submit_slot(tag);
     }
@@ -226,13 +248,16 @@ impl Engine {
     }
 
     fn completed(&mut self, tag: u16, result: i32) -> Option<Event> {
-        match self.slots[usize::from(tag)].advance(result) {
+        let slot = &mut self.slots[usize::from(tag)];
+        let bounced = slot.bounced();
+        match slot.advance(result) {
             Progress::More => {
                 self.submit_slot(tag);
                 None
             }
             Progress::Done(result) => {
                 self.in_flight -= 1;
+                self.bounced -= bounced;
                 Some(Event::Done { tag, result })
             }
         }

@@ -107,6 +107,26 @@ fn more_requests_than_the_kernels_queue_holds() {
 }
 
 #[test]
+fn aligned_memory_is_bounded() {
+    const LEN: usize = 128 << 10;
+    let (_file, mut engine) = engine(CacheMode::None, 64);
+    let mut memory = vec![0; LEN + 1];
+    let mut tag = 0;
+    while engine.has_room() {
+        // SAFETY: `memory` lives until all events have come.
+        unsafe { engine.transfer(tag, Transfer::read(0), [iovec(&mut memory[1..])]) };
+        tag += 1;
+    }
+    assert_eq!(usize::from(tag), MAX_BOUNCED / LEN);
+    done(&mut engine).1.unwrap();
+    assert!(engine.has_room());
+    while engine.in_flight() > 0 {
+        done(&mut engine).1.unwrap();
+    }
+    assert_eq!(engine.bounced, 0);
+}
+
+#[test]
 fn watches_report_each_edge_until_they_end() {
     let (_file, mut engine) = engine(CacheMode::Writeback, 8);
     let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();

@@ -66,6 +66,11 @@ impl Slot {
         !matches!(self.work, Work::Free)
     }
 
+    /// Bytes of aligned memory it holds.
+    pub(super) fn bounced(&self) -> usize {
+        self.bounce.as_ref().map_or(0, |bounce| bounce.len())
+    }
+
     pub(super) fn begin_flush(&mut self) {
         self.work = Work::Flush;
     }
