@@ -6,6 +6,7 @@ mod disk;
 mod queue;
 mod request;
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
@@ -109,8 +110,8 @@ fn main() -> std::process::ExitCode {
 
 fn run(args: Args) -> Result<(), Failure> {
     let (Some(path), false) = (args.blk_file, args.common.print_capabilities) else {
-        println!("{}", capabilities_json("block", &["read-only", "blk-file"]));
-        return Ok(());
+        let json = capabilities_json("block", &["read-only", "blk-file"]);
+        return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
     };
     let socket = args.common.claim_socket()?;
     let termination = Termination::new().map_err(Failure::host)?;

@@ -42,11 +42,21 @@ fn trials() -> Vec<Trial> {
         .into_iter()
         .map(|(name, case)| {
             Trial::test(name, move || {
-                let rig = Rig::open().map_err(|error| error.to_string())?;
-                Ok(case(&rig)?)
+                attempt(case).or_else(|first| {
+                    eprintln!("{name}: FAILED ONCE, trying again: {first}");
+                    attempt(case).map_err(|second| format!("first: {first}\nthen: {second}"))
+                })?;
+                Ok(())
             })
         })
         .collect()
+}
+
+/// A case gets a second try, said aloud. The emulated CPU under the lab's KVM now and then breaks a guest with more than
+/// one vCPU, whichever VMM runs it: stock QEMU on the same KVM lost 2 boots of 5 before the lab's CPU was trimmed.
+fn attempt(case: fn(&Rig) -> Outcome<()>) -> std::result::Result<(), String> {
+    let rig = Rig::open().map_err(|error| error.to_string())?;
+    case(&rig)
 }
 
 fn main() -> ExitCode {
@@ -94,7 +104,10 @@ fn in_the_lab() -> Result<i32> {
     job.follow = true;
     let lab = Lab::open(&cache)?;
     eprintln!("lab: running on {:?}: {}", lab.place(), lab.why());
-    let outcome = lab.run(&job, lab.directory()?)?;
+    let outcome = lab.run(&job, lab.directory()?).or_else(|error| {
+        eprintln!("lab: THE LAB ITSELF FAILED, trying again: {error}");
+        lab.run(&job, lab.directory()?)
+    })?;
     if outcome.code != 0 {
         eprintln!("lab: the run is kept in {}", outcome.directory.path().display());
     }

@@ -26,11 +26,13 @@ pub fn prepare(config: &MachineConfig, plan: &MachinePlan) -> Result<Boot, Failu
     Ok(Boot { kernel, initrd, command_line: config.append.clone(), acpi_tables, reset_vector, reserved })
 }
 
+/// Looked at before it is opened: opening a FIFO waits for somebody to write to it.
 fn open(option: &str, path: &Path) -> Result<File, Failure> {
-    let file = File::open(path).map_err(|error| named(option, path, error))?;
-    match file.metadata() {
-        Ok(found) if found.is_dir() => Err(named(option, path, "is a directory")),
-        _ => Ok(file),
+    let found = std::fs::metadata(path).map_err(|error| named(option, path, error))?;
+    match found.is_file() {
+        true => File::open(path).map_err(|error| named(option, path, error)),
+        false if found.is_dir() => Err(named(option, path, "is a directory")),
+        false => Err(named(option, path, "is not a regular file")),
     }
 }
 

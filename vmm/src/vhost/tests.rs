@@ -16,7 +16,7 @@ use super::fake::{Daemon, Fault, Script};
 use super::*;
 use crate::bus::Event;
 
-const SHORT: Duration = Duration::from_millis(150);
+const SHORT: Duration = Duration::from_millis(500);
 const ACKED: u64 = virtio::VERSION_1 | 1;
 
 fn target(socket: UnixStream) -> Target {
@@ -399,7 +399,7 @@ fn a_daemon_that_hangs_costs_a_reset_no_more_than_the_deadline() {
         assert_eq!(fixture.hear(), Heard::Started);
         let started = Instant::now();
         fixture.mailbox.stop();
-        assert!(fixture.hear_lost().contains(&format!("did not answer {request} within 0.15 s")));
+        assert!(fixture.hear_lost().contains(&format!("did not answer {request} within 0.5 s")));
         assert_eq!(fixture.hear(), Heard::Stopped);
         assert!(started.elapsed() < SHORT * 5);
     }
@@ -408,18 +408,18 @@ fn a_daemon_that_hangs_costs_a_reset_no_more_than_the_deadline() {
 #[test]
 fn a_stop_and_its_reset_have_one_deadline() {
     let script = Script {
-        slow: Some((Request::GetVringBase, Duration::from_millis(200))),
+        slow: Some((Request::GetVringBase, Duration::from_secs(1))),
         fault: Some((Request::ResetDevice, Fault::Mute)),
         ..Script::default()
     };
-    let fixture = session_within(script, Duration::from_millis(600));
+    let fixture = session_within(script, Duration::from_secs(2));
     fixture.start();
     assert_eq!(fixture.hear(), Heard::Started);
     let started = Instant::now();
     fixture.mailbox.stop();
     fixture.hear_lost();
     assert_eq!(fixture.hear(), Heard::Stopped);
-    assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_millis(2800), "{:?}", started.elapsed());
 }
 
 fn slow_config_writes(pause: Duration) -> Script {
@@ -436,7 +436,7 @@ fn config_writes_that_wait_have_one_deadline() {
             end => break end,
         }
     };
-    assert!(matches!(end, Heard::Lost(reason) if reason.contains("within 0.6 s")));
+    assert!(matches!(end, Heard::Lost(reason) if reason.contains("within 2 s")));
     assert!(fixture.daemon.requests().iter().filter(|seen| **seen == Request::SetConfig).count() < 10);
 }
 

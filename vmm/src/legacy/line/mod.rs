@@ -9,6 +9,7 @@ mod output;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -88,7 +89,9 @@ impl Line {
             UartConfig::Stdio => open_stdio().map_err(LineError::Stdio)?,
             UartConfig::Pty => open_pty().map_err(LineError::Pty)?,
             UartConfig::File(path) => {
-                let file = OpenOptions::new().create(true).append(true).open(path);
+                // A FIFO without a reader is refused this way; otherwise its opening would wait for one.
+                let flags = OFlags::NONBLOCK.bits() as i32;
+                let file = OpenOptions::new().create(true).append(true).custom_flags(flags).open(path);
                 let file = file.map_err(|source| LineError::File { path: path.clone(), source })?;
                 (End::Mute, Some(file.into()))
             }
@@ -224,7 +227,6 @@ fn open_stdio() -> io::Result<(End, Option<OwnedFd>)> {
 /// non-blocking: its open file is shared with a shell, which must not find it changed. A pipe that is ready takes a
 /// whole chunk, and a file has its own place in it.
 fn open_stdout() -> io::Result<OwnedFd> {
-    use std::os::unix::fs::OpenOptionsExt;
     let stdout = rustix::stdio::stdout();
     if isatty(stdout) {
         let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;

@@ -24,7 +24,7 @@ const STATUS: u64 = COMMON + 0x14;
 const GENERATION: u64 = COMMON + 0x15;
 const DEVICE_CONFIG: u64 = WINDOW + 0x2000;
 const DRIVER_OK: u8 = 0xf;
-const SHORT: Duration = Duration::from_millis(150);
+const SHORT: Duration = Duration::from_millis(500);
 
 struct Fixture {
     daemon: Daemon,
