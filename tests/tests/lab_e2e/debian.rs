@@ -40,7 +40,7 @@ fn login(rig: &Rig) -> Outcome<()> {
     vm.expect("/dev/vda ext4", SOON)?;
     vm.expect("\r\n2\r\n", SOON)?;
     vm.expect("running", BOOT)?;
-    vm.send("echo 3 >/proc/sys/vm/drop_caches; for c in 0 1; do taskset -c $c find /usr -type f | taskset -c $c head -3000 | taskset -c $c xargs cat >/dev/null; done; grep -c . /proc/interrupts; awk '/req/ { print $NF, $2 + $3 }' /proc/interrupts; echo END-$((1 + 1))")?;
+    vm.send("echo 3 >/proc/sys/vm/drop_caches; for c in 0 1; do taskset -c $c find /usr -type f | taskset -c $c head -300 | taskset -c $c xargs cat >/dev/null; done; grep -c . /proc/interrupts; awk '/req/ { print $NF, $2 + $3 }' /proc/interrupts; echo END-$((1 + 1))")?;
     let said = vm.expect("END-2", BOOT)?;
     for queue in ["req.0", "req.1"] {
         let used = said.lines().any(|line| {
