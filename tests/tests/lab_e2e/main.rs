@@ -1,6 +1,6 @@
 //! Guests booted by `cleave`, end to end: stock kernels, real daemons, in the lab.
 //!
-//! All cases share one lab machine: this program starts itself again there, and the cases run one after the
+//! The cases of a module share one lab machine: this program starts itself again there, and they run one after the
 //! other. Arguments are those of any Rust test: a filter, `--list`, `--exact`, `--skip`.
 
 mod boots;
@@ -12,6 +12,8 @@ mod refusals;
 mod rig;
 mod uarts;
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -29,6 +31,9 @@ use rig::Rig;
 
 /// Set in the copy of this program that runs in the lab.
 const INSIDE: &str = "CLEAVE_E2E_INSIDE";
+
+/// The modules above that hold cases, as filters.
+const GROUPS: &[&str] = &["boots::", "disks::", "daemons::", "uarts::", "debian::", "faults::", "refusals::"];
 
 type Case = (&'static str, fn(&Rig) -> Outcome<()>);
 
@@ -91,7 +96,32 @@ fn in_the_lab() -> Result<i32> {
     let this = std::env::current_exe()
         .map_err(|source| Error::Io { what: "find this program".to_owned(), source })?;
 
-    let mut job = Job::new(std::iter::once(this.into_os_string()).chain(std::env::args_os().skip(1)));
+    let lab = Lab::open(&cache)?;
+    eprintln!("lab: running on {:?}: {}", lab.place(), lab.why());
+    let asked: Vec<_> = std::env::args_os().skip(1).collect();
+    // A machine for each group: what breaks one does not cost the others' cases.
+    let runs = if asked.is_empty() {
+        GROUPS.iter().map(|group| vec![OsString::from(group)]).collect()
+    } else {
+        vec![asked]
+    };
+    let mut worst = 0;
+    for arguments in runs {
+        let job = job(&this, arguments, &bin, &cache, &debian);
+        let outcome = lab.run(&job, lab.directory()?).or_else(|error| {
+            eprintln!("lab: THE LAB ITSELF FAILED, trying again: {error}");
+            lab.run(&job, lab.directory()?)
+        })?;
+        if outcome.code != 0 {
+            eprintln!("lab: the run is kept in {}", outcome.directory.path().display());
+        }
+        worst = worst.max(outcome.code);
+    }
+    Ok(worst)
+}
+
+fn job(this: &Path, arguments: Vec<OsString>, bin: &Path, cache: &Cache, debian: &Debian) -> Job {
+    let mut job = Job::new(std::iter::once(this.as_os_str().to_owned()).chain(arguments));
     job.environment = vec![
         (INSIDE.to_owned(), "1".into()),
         ("CLEAVE_BIN_DIR".to_owned(), bin.into()),
@@ -100,16 +130,7 @@ fn in_the_lab() -> Result<i32> {
     job.time_limit = Duration::from_secs(1500);
     job.memory = ByteSize(6 << 30);
     job.huge_pages = rig::HUGE_PAGES;
-    job.disks = vec![Disk { path: debian.disk, persistent: false }];
+    job.disks = vec![Disk { path: debian.disk.clone(), persistent: false }];
     job.follow = true;
-    let lab = Lab::open(&cache)?;
-    eprintln!("lab: running on {:?}: {}", lab.place(), lab.why());
-    let outcome = lab.run(&job, lab.directory()?).or_else(|error| {
-        eprintln!("lab: THE LAB ITSELF FAILED, trying again: {error}");
-        lab.run(&job, lab.directory()?)
-    })?;
-    if outcome.code != 0 {
-        eprintln!("lab: the run is kept in {}", outcome.directory.path().display());
-    }
-    Ok(outcome.code)
+    job
 }
