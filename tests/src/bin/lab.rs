@@ -44,8 +44,8 @@ enum What {
 
 #[derive(Args)]
 struct Wants {
-    /// CPUs of the emulated machine
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// CPUs of the emulated machine; with more than one, guests with several vCPUs break now and then
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// Memory of the emulated machine
     #[arg(long, value_name = "SIZE", default_value = "3G")]

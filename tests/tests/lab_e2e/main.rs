@@ -15,6 +15,8 @@ mod uarts;
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use cleave_common::size::ByteSize;
@@ -32,8 +34,11 @@ use rig::Rig;
 /// Set in the copy of this program that runs in the lab.
 const INSIDE: &str = "CLEAVE_E2E_INSIDE";
 
-/// The modules above that hold cases, as filters.
-const GROUPS: &[&str] = &["boots::", "disks::", "daemons::", "uarts::", "debian::", "faults::", "refusals::"];
+/// The modules above that hold cases, as filters; those that take long come first.
+const GROUPS: &[&str] = &["debian::", "boots::", "daemons::", "faults::", "disks::", "refusals::", "uarts::"];
+
+/// Of a lab machine: the largest guest has 4 GiB.
+const MEMORY: ByteSize = ByteSize(6 << 30);
 
 type Case = (&'static str, fn(&Rig) -> Outcome<()>);
 
@@ -105,19 +110,40 @@ fn in_the_lab() -> Result<i32> {
     } else {
         vec![asked]
     };
-    let mut worst = 0;
-    for arguments in runs {
-        let job = job(&this, arguments, &bin, &cache, &debian);
-        let outcome = lab.run(&job, lab.directory()?).or_else(|error| {
-            eprintln!("lab: THE LAB ITSELF FAILED, trying again: {error}");
-            lab.run(&job, lab.directory()?)
-        })?;
-        if outcome.code != 0 {
-            eprintln!("lab: the run is kept in {}", outcome.directory.path().display());
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<i32> {
+        let mut worst = 0;
+        while let Some(arguments) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            worst = worst.max(run(&lab, &job(&this, arguments.clone(), &bin, &cache, &debian))?);
         }
-        worst = worst.max(outcome.code);
+        Ok(worst)
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..at_once(&runs)).map(|_| scope.spawn(worker)).collect();
+        let codes = workers.into_iter().map(|worker| worker.join().unwrap_or(Ok(101)));
+        codes.collect::<Result<Vec<_>>>().map(|codes| codes.into_iter().max().unwrap_or(0))
+    })
+}
+
+/// A lab machine has one CPU, so as many run beside each other as this machine has CPUs and memory for, up to two.
+fn at_once(runs: &[Vec<OsString>]) -> usize {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: u64 = available.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0);
+    let machines = usize::try_from((kib << 10) / MEMORY.0).unwrap_or(1);
+    cpus.min(machines).min(runs.len()).clamp(1, 2)
+}
+
+fn run(lab: &Lab, job: &Job) -> Result<i32> {
+    let outcome = lab.run(job, lab.directory()?).or_else(|error| {
+        eprintln!("lab: THE LAB ITSELF FAILED, trying again: {error}");
+        lab.run(job, lab.directory()?)
+    })?;
+    if outcome.code != 0 {
+        eprintln!("lab: the run is kept in {}", outcome.directory.path().display());
     }
-    Ok(worst)
+    Ok(outcome.code)
 }
 
 fn job(this: &Path, arguments: Vec<OsString>, bin: &Path, cache: &Cache, debian: &Debian) -> Job {
@@ -128,7 +154,7 @@ fn job(this: &Path, arguments: Vec<OsString>, bin: &Path, cache: &Cache, debian:
         ("CLEAVE_LAB_DIR".to_owned(), cache.root().into()),
     ];
     job.time_limit = Duration::from_secs(1500);
-    job.memory = ByteSize(6 << 30);
+    job.memory = MEMORY;
     job.huge_pages = rig::HUGE_PAGES;
     job.disks = vec![Disk { path: debian.disk.clone(), persistent: false }];
     job.follow = true;

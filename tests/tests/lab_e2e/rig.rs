@@ -17,7 +17,7 @@ use cleave_tests::vm::{Exit, Outcome, Vm};
 /// A boot takes 4 to 9 s in an emulated host that has the machine for itself.
 pub const BOOT: Duration = Duration::from_secs(120);
 /// For things that happen at once in a guest that is up.
-pub const SOON: Duration = Duration::from_secs(40);
+pub const SOON: Duration = Duration::from_secs(90);
 /// Huge pages of 2 MiB that the lab's machine sets aside: a guest of 512 MiB and some.
 pub const HUGE_PAGES: u32 = 272;
 
