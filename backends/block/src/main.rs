@@ -13,7 +13,7 @@ use clap::{Parser, ValueEnum};
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
 use cleave_runtime::{CommonArgs, Termination, capabilities_json};
-use cleave_storage::{CacheMode, Image, ImageOptions};
+use cleave_storage::{CacheMode, Image, ImageFormat, ImageOptions};
 
 use device::{Block, BlockError, BlockOptions};
 
@@ -24,7 +24,7 @@ struct Args {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// The disk: a raw image file or a block device
+    /// The disk: an image file or a block device
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     blk_file: Option<PathBuf>,
 
@@ -58,7 +58,19 @@ const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd we
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
+    /// The bytes of the file, or of the block device, are those of the disk
     Raw,
+    /// An image of QEMU's, with the backing files it names: these are only read
+    Qcow2,
+}
+
+impl From<Format> for ImageFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -115,8 +127,8 @@ fn run(args: Args) -> Result<(), Failure> {
     };
     let socket = args.common.claim_socket()?;
     let termination = Termination::new().map_err(Failure::host)?;
-    let Format::Raw = args.format;
-    let options = ImageOptions { path, read_only: args.read_only, cache: args.cache.into() };
+    let (format, cache) = (args.format.into(), args.cache.into());
+    let options = ImageOptions { path, format, read_only: args.read_only, cache };
     let image = Image::open(&options).map_err(BlockError::from)?;
     let mut block = Block::new(
         image,

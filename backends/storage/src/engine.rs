@@ -8,6 +8,7 @@
 //! event is out; [`Engine::wait`] is the only place where the thread waits, for I/O and for watched descriptors alike.
 #![expect(unsafe_code, reason = "the kernel is handed pointers into guest memory")]
 
+mod mapped;
 mod transfer;
 
 use std::collections::VecDeque;
@@ -18,11 +19,10 @@ use std::sync::Arc;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::image::{CacheMode, Image};
+use crate::qcow2::Mapped;
+use mapped::Mapping;
 pub use transfer::Transfer;
 use transfer::{Progress, Slot};
-
-/// The image among the ring's registered files.
-const IMAGE: types::Fixed = types::Fixed(0);
 
 /// Most submissions that gather before the kernel is told.
 const MAX_SQ: u32 = 128;
@@ -59,6 +59,8 @@ pub enum Event {
 /// One thread's I/O on one image.
 pub struct Engine {
     ring: IoUring,
+    /// On an image whose bytes are where its tables say. It goes before the image does.
+    mapping: Option<Mapping>,
     /// What the full submission queue had no room for, in order.
     backlog: VecDeque<squeue::Entry>,
     image: Arc<Image>,
@@ -112,20 +114,26 @@ impl Engine {
             Some(libc::EPERM | libc::ENOSYS) => EngineError::Disabled,
             _ => EngineError::Io(error),
         })?;
-        ring.submitter().register_files(&[image.file().as_raw_fd()])?;
-        let slots = Vec::new();
-        let backlog = VecDeque::new();
-        Ok(Self {
+        let files: Vec<_> = image.files().map(AsRawFd::as_raw_fd).collect();
+        ring.submitter().register_files(&files)?;
+        let port = image.mapped().map(Mapped::port).transpose()?;
+        let mut engine = Self {
             ring,
-            backlog,
+            mapping: None,
+            backlog: VecDeque::new(),
             image,
-            slots,
+            slots: Vec::new(),
             depth,
             in_flight: 0,
             bounced: 0,
             watches: Vec::new(),
             next_watch: 0,
-        })
+        };
+        engine.mapping = port.map(|port| {
+            let watch = engine.watch(port.event_fd());
+            Mapping::new(port, watch)
+        });
+        Ok(engine)
     }
 
     /// Requests whose event is not out yet.
@@ -219,6 +227,9 @@ impl Engine {
     /// # Errors
     /// The ring is broken; nothing can be waited for any more.
     pub fn wait(&mut self) -> io::Result<()> {
+        if self.mapping.as_ref().is_some_and(|mapping| !mapping.finished.is_empty()) {
+            return self.poll();
+        }
         if !self.submit_backlog()? {
             return Ok(());
         }
@@ -235,8 +246,16 @@ impl Engine {
     /// The next event that has come, without waiting.
     pub fn next_event(&mut self) -> Option<Event> {
         loop {
+            if let Some(event) = self.mapping.as_mut().and_then(Mapping::next_finished) {
+                self.in_flight -= 1;
+                return Some(event);
+            }
             let entry = self.ring.completion().next()?;
             let event = match Token::decode(entry.user_data()) {
+                Token::Slot(tag) if self.mapping.is_some() => {
+                    self.completed_mapped(tag, entry.result());
+                    None
+                }
                 Token::Slot(tag) => self.completed(tag, entry.result()),
                 Token::Watch(id) => self.watched(id, &entry),
                 Token::Ignore => None,
@@ -267,6 +286,14 @@ impl Engine {
         let fd = self.watches.iter().find(|watch| watch.id == id)?.fd;
         let result = entry.result();
         let readable = result > 0 && result & i32::from(libc::POLLIN) != 0;
+        let is_news = self.mapping.as_ref().is_some_and(|mapping| mapping.watch == id);
+        if is_news {
+            if !cqueue::more(entry.flags()) {
+                self.arm(id, fd);
+            }
+            self.take_news();
+            return None;
+        }
         if !readable {
             self.unwatch(id);
             return Some(Event::WatchLost(id));
@@ -289,8 +316,18 @@ impl Engine {
     }
 
     fn submit_slot(&mut self, tag: u16) {
-        let entry = self.slots[usize::from(tag)].entry().user_data(Token::Slot(tag).encode());
-        self.push(entry);
+        let slot = &mut self.slots[usize::from(tag)];
+        match &mut self.mapping {
+            Some(mapping) if !slot.is_flush() => {
+                let bounced = slot.bounced();
+                let step = mapping.next_step(tag, slot);
+                self.take_step(tag, step, bounced);
+            }
+            _ => {
+                let entry = slot.entry().user_data(Token::Slot(tag).encode());
+                self.push(entry);
+            }
+        }
     }
 
     /// Lines `entry` up for the kernel, without waiting: what keeps it from taking entries is reported by the next wait.

@@ -84,7 +84,7 @@ pub struct RunArgs {
     memory: Option<MemoryConfig>,
 
     /// Add a disk, served by a cleave-block that is started for it:
-    /// PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
+    /// PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
     ///
     /// PATH is an image file or a block device. queues= is the number of vCPUs, at most 4, unless given. cache=none
     /// bypasses the host's page cache; the default is writeback. A comma in a value is written twice.

@@ -9,7 +9,7 @@ use cleave_common::options;
 use cleave_common::virtio::DeviceType;
 use serde::{Deserialize, Deserializer};
 
-/// `--disk PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`.
+/// `--disk PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
@@ -37,6 +37,7 @@ impl DiskConfig {
 pub enum DiskFormat {
     #[default]
     Raw,
+    Qcow2,
 }
 
 /// What stands between the guest's writes and the medium.

@@ -147,6 +147,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
 fn block_arguments(disk: &DiskConfig, queues: u16) -> Vec<OsString> {
     let format = match disk.format {
         DiskFormat::Raw => "raw",
+        DiskFormat::Qcow2 => "qcow2",
     };
     let cache = match disk.cache {
         CacheMode::None => "none",

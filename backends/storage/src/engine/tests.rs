@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::*;
-use crate::image::ImageOptions;
+use crate::image::{ImageFormat, ImageOptions};
 
 const LEN: usize = 1 << 20;
 
@@ -17,7 +17,8 @@ fn engine(cache: CacheMode, depth: u16) -> (tempfile::NamedTempFile, Engine) {
     let mut file =
         tempfile::NamedTempFile::new_in(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target")).unwrap();
     file.write_all(&content()).unwrap();
-    let options = ImageOptions { path: file.path().to_owned(), read_only: false, cache };
+    let options =
+        ImageOptions { path: file.path().to_owned(), format: ImageFormat::Raw, read_only: false, cache };
     let engine = Engine::new(Arc::new(Image::open(&options).unwrap()), depth).unwrap();
     (file, engine)
 }

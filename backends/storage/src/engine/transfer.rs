@@ -4,7 +4,6 @@ use std::io;
 
 use io_uring::{opcode, squeue, types};
 
-use super::IMAGE;
 use crate::bounce::{Bounce, PIECE};
 
 /// What to move.
@@ -50,6 +49,24 @@ pub(super) enum Progress {
     Done(io::Result<()>),
 }
 
+/// Where the next bytes of a request are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Target {
+    /// Among the ring's registered files.
+    pub(super) file: u32,
+    /// Bytes from the file's start.
+    pub(super) offset: u64,
+    /// Bytes that are there.
+    pub(super) len: usize,
+}
+
+impl Target {
+    /// All of the image's own file.
+    pub(super) fn whole_image() -> Self {
+        Self { file: 0, offset: 0, len: usize::MAX }
+    }
+}
+
 /// Room for one request, reused.
 #[derive(Default)]
 pub(super) struct Slot {
@@ -59,6 +76,8 @@ pub(super) struct Slot {
     first: usize,
     remaining: usize,
     bounce: Option<Box<Bounce>>,
+    /// The buffers of a part of the rest, while the kernel has them.
+    part: Vec<libc::iovec>,
 }
 
 impl Slot {
@@ -69,6 +88,10 @@ impl Slot {
     /// Bytes of aligned memory it holds.
     pub(super) fn bounced(&self) -> usize {
         self.bounce.as_ref().map_or(0, |bounce| bounce.len())
+    }
+
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self.work, Work::Flush)
     }
 
     pub(super) fn begin_flush(&mut self) {
@@ -94,20 +117,37 @@ impl Slot {
             .then(|| Box::new(Bounce::new(self.remaining.min(PIECE), memory_align.max(len_align).max(4096))));
     }
 
-    /// What to hand to the kernel next.
-    pub(super) fn entry(&mut self) -> squeue::Entry {
+    /// What is to move, and how many bytes of it are left.
+    pub(super) fn rest(&self) -> Option<(Transfer, usize)> {
         match self.work {
-            Work::Free => opcode::Nop::new().build(),
-            Work::Flush => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
-            Work::Transfer(transfer) => self.transfer_entry(transfer),
+            Work::Transfer(transfer) => Some((transfer, self.remaining)),
+            Work::Free | Work::Flush => None,
         }
     }
 
-    fn transfer_entry(&mut self, Transfer { direction, offset }: Transfer) -> squeue::Entry {
+    /// What to hand to the kernel next: all of the rest, on a disk that is where its file says.
+    pub(super) fn entry(&mut self) -> squeue::Entry {
+        let offset = self.rest().map_or(0, |(transfer, _)| transfer.offset);
+        self.entry_at(Target { file: 0, offset, len: self.remaining })
+    }
+
+    /// What to hand to the kernel next, of what is at `target`.
+    pub(super) fn entry_at(&mut self, target: Target) -> squeue::Entry {
+        match self.work {
+            Work::Free => opcode::Nop::new().build(),
+            Work::Flush => {
+                opcode::Fsync::new(types::Fixed(target.file)).flags(types::FsyncFlags::DATASYNC).build()
+            }
+            Work::Transfer(transfer) => self.transfer_entry(transfer.direction, target),
+        }
+    }
+
+    fn transfer_entry(&mut self, direction: Direction, target: Target) -> squeue::Entry {
+        let limit = target.len.min(self.remaining);
         let rest = &self.buffers[self.first..];
         let (base, len) = match &mut self.bounce {
             Some(bounce) => {
-                let len = bounce.len().min(self.remaining);
+                let len = bounce.len().min(limit);
                 if matches!(direction, Direction::Write { .. }) {
                     // SAFETY: the buffers are mapped until our event, and hold the `remaining` bytes.
                     unsafe { bounce.gather(rest, len) };
@@ -116,22 +156,52 @@ impl Slot {
             }
             None => match rest {
                 [] => (std::ptr::null_mut(), 0),
-                [one] => (one.iov_base.cast(), one.iov_len),
-                [..] => return vectored(direction, rest, offset),
+                [one, ..] if one.iov_len >= limit => (one.iov_base.cast(), limit),
+                [..] if limit == self.remaining => return vectored(direction, rest, target),
+                [..] => {
+                    self.part.clear();
+                    self.part.extend(first_bytes(rest, limit));
+                    return vectored(direction, &self.part, target);
+                }
             },
         };
         let len = u32::try_from(len).unwrap_or(MAX_LEN).min(MAX_LEN);
+        let file = types::Fixed(target.file);
         match direction {
-            Direction::Read => opcode::Read::new(IMAGE, base, len).offset(offset).build(),
-            Direction::Write { durable } => {
-                opcode::Write::new(IMAGE, base, len).offset(offset).rw_flags(durability(durable)).build()
-            }
+            Direction::Read => opcode::Read::new(file, base, len).offset(target.offset).build(),
+            Direction::Write { durable } => opcode::Write::new(file, base, len)
+                .offset(target.offset)
+                .rw_flags(durability(durable))
+                .build(),
         }
+    }
+
+    /// The next `len` bytes read as zeros.
+    pub(super) fn fill_zeros(&mut self, len: usize) {
+        let len = len.min(self.remaining);
+        for buffer in first_bytes(&self.buffers[self.first..], len) {
+            // SAFETY: the buffers are mapped until our event. A guest may change them meanwhile: it sees what it did.
+            unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0, buffer.iov_len) };
+        }
+        self.moved(len);
+    }
+
+    /// The buffers of the next `len` bytes.
+    pub(super) fn next_buffers(&self, len: usize) -> Vec<libc::iovec> {
+        first_bytes(&self.buffers[self.first..], len.min(self.remaining)).collect()
+    }
+
+    /// `len` more bytes are where they belong.
+    pub(super) fn moved(&mut self, len: usize) {
+        if let Work::Transfer(transfer) = &mut self.work {
+            transfer.offset += len as u64;
+        }
+        self.skip(len);
     }
 
     /// Takes note of what the kernel says of the last entry.
     pub(super) fn advance(&mut self, result: i32) -> Progress {
-        let Work::Transfer(transfer) = &mut self.work else {
+        let Work::Transfer(transfer) = self.work else {
             return self.finish(if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) });
         };
         let moved = match result {
@@ -143,13 +213,11 @@ impl Slot {
             _ if matches!(-result, libc::EINTR | libc::EAGAIN) => return Progress::More,
             _ => return self.finish(Err(io::Error::from_raw_os_error(-result))),
         };
-        transfer.offset += moved as u64;
-        let direction = transfer.direction;
-        if let (Some(bounce), Direction::Read) = (&self.bounce, direction) {
+        if let (Some(bounce), Direction::Read) = (&self.bounce, transfer.direction) {
             // SAFETY: the buffers are mapped until our event, and hold the `remaining` bytes.
             unsafe { bounce.scatter(&self.buffers[self.first..], moved) };
         }
-        self.skip(moved);
+        self.moved(moved);
         if self.remaining == 0 { self.finish(Ok(())) } else { Progress::More }
     }
 
@@ -168,25 +236,39 @@ impl Slot {
     }
 
     fn finish(&mut self, result: io::Result<()>) -> Progress {
+        self.free();
+        Progress::Done(result)
+    }
+
+    pub(super) fn free(&mut self) {
         self.work = Work::Free;
         self.bounce = None;
-        Progress::Done(result)
     }
 }
 
 /// Whole blocks below what one system call moves at most (2 GiB less a page).
 const MAX_LEN: u32 = 1 << 30;
 
-fn vectored(direction: Direction, buffers: &[libc::iovec], offset: u64) -> squeue::Entry {
+fn vectored(direction: Direction, buffers: &[libc::iovec], target: Target) -> squeue::Entry {
     // A chain is never longer than IOV_MAX.
     let count = buffers.len().min(libc::UIO_MAXIOV as usize) as u32;
+    let file = types::Fixed(target.file);
     match direction {
-        Direction::Read => opcode::Readv::new(IMAGE, buffers.as_ptr(), count).offset(offset).build(),
-        Direction::Write { durable } => opcode::Writev::new(IMAGE, buffers.as_ptr(), count)
-            .offset(offset)
+        Direction::Read => opcode::Readv::new(file, buffers.as_ptr(), count).offset(target.offset).build(),
+        Direction::Write { durable } => opcode::Writev::new(file, buffers.as_ptr(), count)
+            .offset(target.offset)
             .rw_flags(durability(durable))
             .build(),
     }
+}
+
+/// The first `len` bytes of `buffers`.
+fn first_bytes(buffers: &[libc::iovec], mut len: usize) -> impl Iterator<Item = libc::iovec> {
+    buffers.iter().map_while(move |buffer| {
+        let now = buffer.iov_len.min(len);
+        len -= now;
+        (now != 0).then_some(libc::iovec { iov_base: buffer.iov_base, iov_len: now })
+    })
 }
 
 fn durability(durable: bool) -> i32 {

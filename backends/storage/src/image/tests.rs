@@ -11,7 +11,7 @@ fn file(len: usize) -> tempfile::NamedTempFile {
 }
 
 fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<Image, ImageError> {
-    Image::open(&ImageOptions { path: path.to_owned(), read_only, cache })
+    Image::open(&ImageOptions { path: path.to_owned(), format: ImageFormat::Raw, read_only, cache })
 }
 
 #[test]
