@@ -1,13 +1,17 @@
 //! A disk image as the host keeps it: a raw file or a block device.
 
+mod topology;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
 
 use crate::lock::{self, LockError};
+pub use topology::Topology;
 
 /// Bytes in a sector, the unit of every disk interface here.
 pub const SECTOR: u64 = 512;
@@ -69,9 +73,11 @@ impl ImageError {
 pub struct Image {
     file: File,
     path: PathBuf,
-    len: u64,
+    /// It changes with [`Image::reload`] only.
+    len: AtomicU64,
     read_only: bool,
     cache: CacheMode,
+    topology: Topology,
     /// Smallest unit of I/O, in bytes: what a guest is to take for the logical block size.
     logical_block: u32,
     physical_block: u32,
@@ -99,29 +105,24 @@ impl Image {
                 Some(libc::EINVAL) if direct => ImageError::NoDirect(path.clone()),
                 _ => opened(source),
             })?;
-        // A device's size is where its end is; its metadata says 0.
-        let len = seek(&file, SeekFrom::End(0)).map_err(|errno| opened(errno.into()))?;
+        let len = size(&file).map_err(opened)?;
         lock::lock(&file, options.read_only).map_err(|source| match source {
             LockError::Io(source) => ImageError::Lock { path: path.clone(), source },
             held => ImageError::Locked { path: path.clone(), source: held },
         })?;
-        let geometry = Geometry::of(&file, meta.file_type().is_block_device(), direct).map_err(opened)?;
-        let unit = u64::from(geometry.logical_block);
-        match len {
-            0 => return Err(ImageError::Empty(path.clone())),
-            len if !len.is_multiple_of(unit) => {
-                return Err(ImageError::Size { path: path.clone(), len, unit });
-            }
-            _ => {}
-        }
+        let is_device = meta.file_type().is_block_device();
+        let geometry = Geometry::of(&file, is_device, direct).map_err(opened)?;
+        check_size(path, len, geometry.logical_block)?;
+        let topology = if is_device { Topology::of_device(&file) } else { Topology::default() };
         let Geometry { logical_block, physical_block, memory_align } = geometry;
         let (read_only, cache) = (options.read_only, options.cache);
         Ok(Self {
             file,
             path: path.clone(),
-            len,
+            len: len.into(),
             read_only,
             cache,
+            topology,
             logical_block,
             physical_block,
             memory_align,
@@ -139,7 +140,17 @@ impl Image {
     /// Bytes, a multiple of [`Image::logical_block`].
     #[expect(clippy::len_without_is_empty, reason = "an empty image is never opened")]
     pub fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the image's size again: whether it has changed.
+    ///
+    /// # Errors
+    /// What it is now is no size for a disk; nothing has changed then.
+    pub fn reload(&self) -> Result<bool, ImageError> {
+        let len = size(&self.file).map_err(|source| ImageError::Open { path: self.path.clone(), source })?;
+        check_size(&self.path, len, self.logical_block)?;
+        Ok(self.len.swap(len, Ordering::Relaxed) != len)
     }
 
     pub fn is_read_only(&self) -> bool {
@@ -161,6 +172,24 @@ impl Image {
 
     pub fn memory_align(&self) -> u32 {
         self.memory_align
+    }
+
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+}
+
+/// A device's size is where its end is; its metadata says 0.
+fn size(file: &File) -> io::Result<u64> {
+    Ok(seek(file, SeekFrom::End(0))?)
+}
+
+fn check_size(path: &Path, len: u64, logical_block: u32) -> Result<(), ImageError> {
+    let unit = u64::from(logical_block);
+    match len {
+        0 => Err(ImageError::Empty(path.to_owned())),
+        len if !len.is_multiple_of(unit) => Err(ImageError::Size { path: path.to_owned(), len, unit }),
+        _ => Ok(()),
     }
 }
 

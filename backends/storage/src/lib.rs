@@ -6,5 +6,5 @@ mod engine;
 mod image;
 mod lock;
 
-pub use engine::{Engine, EngineError, Event, Transfer, WatchId};
-pub use image::{CacheMode, Image, ImageError, ImageOptions};
+pub use engine::{Engine, EngineError, Event, Range, RangeOp, Transfer, WatchId};
+pub use image::{CacheMode, Image, ImageError, ImageOptions, Topology};

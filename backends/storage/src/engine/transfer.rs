@@ -4,7 +4,8 @@ use std::io;
 
 use io_uring::{opcode, squeue, types};
 
-use super::IMAGE;
+use super::range::{Range, RangeJob, RangeOp, Support, Zeroes};
+use super::ring::IMAGE;
 use crate::bounce::{Bounce, PIECE};
 
 /// What to move.
@@ -36,24 +37,39 @@ impl Transfer {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default)]
 enum Work {
     #[default]
     Free,
     Flush,
     Transfer(Transfer),
+    Ranges(Box<RangeJob>),
 }
 
 pub(super) enum Progress {
     /// Submit the rest.
     More,
+    /// There is no room for it now. The rest may be submitted again.
+    Full(io::Error),
     Done(io::Result<()>),
+}
+
+impl Progress {
+    /// `last`: trying again would not do the same again.
+    pub(super) fn of_error(error: io::Error, last: bool) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) if !last => Self::Full(error),
+            _ => Self::Done(Err(error)),
+        }
+    }
 }
 
 /// Room for one request, reused.
 #[derive(Default)]
 pub(super) struct Slot {
     work: Work,
+    /// The kernel does not have it.
+    parked: bool,
     buffers: Vec<libc::iovec>,
     /// The first of `buffers` that is not finished; it starts where the rest does.
     first: usize,
@@ -66,13 +82,25 @@ impl Slot {
         !matches!(self.work, Work::Free)
     }
 
+    pub(super) fn is_parked(&self) -> bool {
+        self.is_busy() && self.parked
+    }
+
+    pub(super) fn set_parked(&mut self, parked: bool) {
+        self.parked = parked;
+    }
+
     /// Bytes of aligned memory it holds.
     pub(super) fn bounced(&self) -> usize {
         self.bounce.as_ref().map_or(0, |bounce| bounce.len())
     }
 
     pub(super) fn begin_flush(&mut self) {
-        self.work = Work::Flush;
+        (self.work, self.parked) = (Work::Flush, true);
+    }
+
+    pub(super) fn begin_ranges(&mut self, op: RangeOp, ranges: Vec<Range>) {
+        (self.work, self.parked) = (Work::Ranges(Box::new(RangeJob::new(op, ranges))), true);
     }
 
     pub(super) fn begin(
@@ -81,7 +109,7 @@ impl Slot {
         buffers: impl IntoIterator<Item = libc::iovec>,
         (memory_align, len_align): (usize, usize),
     ) {
-        self.work = Work::Transfer(transfer);
+        (self.work, self.parked) = (Work::Transfer(transfer), true);
         self.buffers.clear();
         self.buffers.extend(buffers.into_iter().filter(|buffer| buffer.iov_len != 0));
         self.first = 0;
@@ -95,11 +123,15 @@ impl Slot {
     }
 
     /// What to hand to the kernel next.
-    pub(super) fn entry(&mut self) -> squeue::Entry {
-        match self.work {
+    pub(super) fn entry(&mut self, support: &Support, zeroes: &mut Zeroes) -> squeue::Entry {
+        match &mut self.work {
             Work::Free => opcode::Nop::new().build(),
             Work::Flush => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
-            Work::Transfer(transfer) => self.transfer_entry(transfer),
+            Work::Transfer(transfer) => {
+                let transfer = *transfer;
+                self.transfer_entry(transfer)
+            }
+            Work::Ranges(job) => job.entry(support, zeroes),
         }
     }
 
@@ -129,28 +161,46 @@ impl Slot {
         }
     }
 
-    /// Takes note of what the kernel says of the last entry.
-    pub(super) fn advance(&mut self, result: i32) -> Progress {
-        let Work::Transfer(transfer) = &mut self.work else {
-            return self.finish(if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) });
-        };
-        let moved = match result {
-            0 if self.remaining != 0 => {
-                // The file ends before its end: somebody cut it off under us.
-                return self.finish(Err(io::ErrorKind::UnexpectedEof.into()));
+    /// Takes note of what the kernel says of the last entry. A slot whose work is done is free.
+    pub(super) fn advance(&mut self, result: i32, support: &mut Support) -> Progress {
+        let progress = match &mut self.work {
+            Work::Transfer(transfer) => {
+                let transfer = *transfer;
+                self.moved(transfer, result)
             }
+            Work::Ranges(job) => job.advance(result, support),
+            Work::Free | Work::Flush if result < 0 => {
+                Progress::Done(Err(io::Error::from_raw_os_error(-result)))
+            }
+            Work::Free | Work::Flush => Progress::Done(Ok(())),
+        };
+        if matches!(progress, Progress::Done(_)) {
+            self.free();
+        }
+        progress
+    }
+
+    fn moved(&mut self, transfer: Transfer, result: i32) -> Progress {
+        let moved = match result {
+            // The file ends before its end: somebody cut it off under us.
+            0 if self.remaining != 0 => return Progress::Done(Err(io::ErrorKind::UnexpectedEof.into())),
             0.. => (result as usize).min(self.remaining),
             _ if matches!(-result, libc::EINTR | libc::EAGAIN) => return Progress::More,
-            _ => return self.finish(Err(io::Error::from_raw_os_error(-result))),
+            _ => return Progress::of_error(io::Error::from_raw_os_error(-result), false),
         };
-        transfer.offset += moved as u64;
-        let direction = transfer.direction;
-        if let (Some(bounce), Direction::Read) = (&self.bounce, direction) {
+        self.work = Work::Transfer(Transfer { offset: transfer.offset + moved as u64, ..transfer });
+        if let (Some(bounce), Direction::Read) = (&self.bounce, transfer.direction) {
             // SAFETY: the buffers are mapped until our event, and hold the `remaining` bytes.
             unsafe { bounce.scatter(&self.buffers[self.first..], moved) };
         }
         self.skip(moved);
-        if self.remaining == 0 { self.finish(Ok(())) } else { Progress::More }
+        if self.remaining == 0 { Progress::Done(Ok(())) } else { Progress::More }
+    }
+
+    /// Gives up what is left to do.
+    pub(super) fn free(&mut self) {
+        self.work = Work::Free;
+        self.bounce = None;
     }
 
     fn skip(&mut self, mut bytes: usize) {
@@ -165,12 +215,6 @@ impl Slot {
                 self.first += 1;
             }
         }
-    }
-
-    fn finish(&mut self, result: io::Result<()>) -> Progress {
-        self.work = Work::Free;
-        self.bounce = None;
-        Progress::Done(result)
     }
 }
 
@@ -189,6 +233,6 @@ fn vectored(direction: Direction, buffers: &[libc::iovec], offset: u64) -> squeu
     }
 }
 
-fn durability(durable: bool) -> i32 {
+pub(super) fn durability(durable: bool) -> i32 {
     if durable { libc::RWF_DSYNC } else { 0 }
 }
