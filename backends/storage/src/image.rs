@@ -1,14 +1,18 @@
 //! A disk image as the host keeps it: a raw file, a block device, or a chain of qcow2 files on either.
 
+mod topology;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
 
 use crate::lock::{self, LockError};
 use crate::qcow2::{self, HeaderError, Mapped};
+pub use topology::Topology;
 
 /// Bytes in a sector, the unit of every disk interface here.
 pub const SECTOR: u64 = 512;
@@ -68,6 +72,8 @@ pub enum ImageError {
     Format { path: PathBuf, source: io::Error },
     #[error("disk {} has clusters of {cluster} bytes, which are too small for --cache none on this file system: use --cache writeback", path.display())]
     Clusters { path: PathBuf, cluster: u64 },
+    #[error("disk {} is qcow2, whose size does not change while it is in use: end the daemon, and use 'qemu-img resize'", .0.display())]
+    Reload(PathBuf),
     #[error("the backing file of {} cannot be used", image.display())]
     Backing { image: PathBuf, source: Box<ImageError> },
     #[error("disk {} has the backing file '{name}', which is no plain path: give it one with 'qemu-img rebase -u -b PATH -F FORMAT'", image.display())]
@@ -105,10 +111,12 @@ pub struct Image {
     /// The image's own, then those of its backing files.
     files: Vec<HostImage>,
     path: PathBuf,
-    len: u64,
+    /// It changes with [`Image::reload`] only.
+    len: AtomicU64,
     read_only: bool,
     cache: CacheMode,
     geometry: Geometry,
+    topology: Topology,
 }
 
 impl Image {
@@ -124,16 +132,9 @@ impl Image {
         };
         let geometry = files.iter().skip(1).fold(files[0].geometry, |all, file| all.with(file.geometry));
         let len = mapped.as_ref().map_or(files[0].len, Mapped::len);
-        let unit = u64::from(geometry.logical_block);
-        match len {
-            0 => return Err(ImageError::Empty(path)),
-            len if !len.is_multiple_of(unit) && mapped.is_some() => {
-                return Err(ImageError::VirtualSize { path, len, unit });
-            }
-            len if !len.is_multiple_of(unit) => return Err(ImageError::Size { path, len, unit }),
-            _ => {}
-        }
-        Ok(Self { mapped, files, path, len, read_only, cache, geometry })
+        check_size(&path, len, geometry.logical_block, options.format)?;
+        let topology = files[0].topology;
+        Ok(Self { mapped, files, path, len: len.into(), read_only, cache, geometry, topology })
     }
 
     /// The file that holds the disk's bytes, or the first of those that do.
@@ -162,7 +163,20 @@ impl Image {
     /// Bytes, a multiple of [`Image::logical_block`].
     #[expect(clippy::len_without_is_empty, reason = "an empty image is never opened")]
     pub fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the image's size again: whether it has changed.
+    ///
+    /// # Errors
+    /// What it is now is no size for a disk; nothing has changed then.
+    pub fn reload(&self) -> Result<bool, ImageError> {
+        if self.mapped.is_some() {
+            return Err(ImageError::Reload(self.path.clone()));
+        }
+        let len = size(self.file()).map_err(|source| ImageError::Open { path: self.path.clone(), source })?;
+        check_size(&self.path, len, self.geometry.logical_block, ImageFormat::Raw)?;
+        Ok(self.len.swap(len, Ordering::Relaxed) != len)
     }
 
     pub fn is_read_only(&self) -> bool {
@@ -187,6 +201,27 @@ impl Image {
     pub fn memory_align(&self) -> u32 {
         self.geometry.memory_align
     }
+
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+}
+
+/// A device's size is where its end is; its metadata says 0.
+fn size(file: &File) -> io::Result<u64> {
+    Ok(seek(file, SeekFrom::End(0))?)
+}
+
+fn check_size(path: &Path, len: u64, logical_block: u32, format: ImageFormat) -> Result<(), ImageError> {
+    let unit = u64::from(logical_block);
+    match len {
+        0 => Err(ImageError::Empty(path.to_owned())),
+        len if !len.is_multiple_of(unit) && format == ImageFormat::Qcow2 => {
+            Err(ImageError::VirtualSize { path: path.to_owned(), len, unit })
+        }
+        len if !len.is_multiple_of(unit) => Err(ImageError::Size { path: path.to_owned(), len, unit }),
+        _ => Ok(()),
+    }
 }
 
 /// One open, locked file or device.
@@ -196,6 +231,7 @@ pub(crate) struct HostImage {
     /// Bytes.
     pub(crate) len: u64,
     pub(crate) geometry: Geometry,
+    topology: Topology,
 }
 
 impl HostImage {
@@ -216,14 +252,15 @@ impl HostImage {
                 Some(libc::EINVAL) if direct => ImageError::NoDirect(path.to_owned()),
                 _ => opened(source),
             })?;
-        // A device's size is where its end is; its metadata says 0.
-        let len = seek(&file, SeekFrom::End(0)).map_err(|errno| opened(errno.into()))?;
+        let len = size(&file).map_err(opened)?;
         lock::lock(&file, read_only).map_err(|source| match source {
             LockError::Io(source) => ImageError::Lock { path: path.to_owned(), source },
             held => ImageError::Locked { path: path.to_owned(), source: held },
         })?;
-        let geometry = Geometry::of(&file, meta.file_type().is_block_device(), direct).map_err(opened)?;
-        Ok(Self { file, len, geometry })
+        let is_device = meta.file_type().is_block_device();
+        let geometry = Geometry::of(&file, is_device, direct).map_err(opened)?;
+        let topology = if is_device { Topology::of_device(&file) } else { Topology::default() };
+        Ok(Self { file, len, geometry, topology })
     }
 }
 

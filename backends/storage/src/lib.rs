@@ -7,6 +7,6 @@ mod image;
 mod lock;
 mod qcow2;
 
-pub use engine::{Engine, EngineError, Event, Transfer, WatchId};
-pub use image::{CacheMode, Image, ImageError, ImageFormat, ImageOptions};
+pub use engine::{Engine, EngineError, Event, Range, RangeOp, Transfer, WatchId};
+pub use image::{CacheMode, Image, ImageError, ImageFormat, ImageOptions, Topology};
 pub use qcow2::HeaderError;

@@ -4,14 +4,18 @@
 //!   a piece:  located --in a file--> in flight ------.
 //!                |------zeros--> filled ------------>|--> the next piece, until all are moved
 //!                |------the worker's--> a job ------>|
-//!                `------the gate is closed--> parked until the port's descriptor is readable, then located again
+//!                `------the gate is closed--> waits until the port's descriptor is readable, then located again
 //! ```
 
 use std::io;
 use std::sync::Arc;
 
+use io_uring::{opcode, types};
+
+use super::range::{Range, RangeOp, Support};
+use super::ring::IMAGE;
 use super::transfer::{Direction, Progress, Slot, Target};
-use super::{Engine, Event, Token, WatchId};
+use super::{Engine, Token, WatchId};
 use crate::qcow2::{Buffers, Place, Port, Work};
 
 /// An engine's way to a mapped image.
@@ -20,11 +24,11 @@ pub(super) struct Mapping {
     /// The port's descriptor.
     pub(super) watch: WatchId,
     /// Requests that met a closed gate.
-    parked: Vec<u16>,
+    waiting: Vec<u16>,
     /// By tag: what is under way.
     pieces: Vec<Piece>,
-    /// Requests that are over without the kernel.
-    pub(super) finished: Vec<(u16, io::Result<()>)>,
+    /// Requests that are over, with the bytes of aligned memory they held.
+    finished: Vec<(u16, usize, Progress)>,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -45,15 +49,25 @@ pub(super) enum Step {
     Sync,
     /// It is under way, or waits.
     Wait,
-    Over(io::Result<()>),
+    /// `Done` or `Full`.
+    Over(Progress),
 }
 
 impl Engine {
+    pub(super) fn submit_mapped(&mut self, tag: u16) {
+        let slot = &mut self.slots[usize::from(tag)];
+        let bounced = slot.bounced();
+        if let Some(mapping) = &mut self.mapping {
+            let step = if slot.is_flush() { Step::Sync } else { mapping.next_step(tag, slot) };
+            self.take_step(tag, step, bounced);
+        }
+    }
+
     pub(super) fn completed_mapped(&mut self, tag: u16, result: i32) {
         let slot = &mut self.slots[usize::from(tag)];
         let bounced = slot.bounced();
         if let Some(mapping) = &mut self.mapping {
-            let step = mapping.completed(tag, slot, result);
+            let step = mapping.completed(tag, slot, result, &mut self.support);
             self.take_step(tag, step, bounced);
         }
     }
@@ -61,7 +75,7 @@ impl Engine {
     /// Goes on with requests that waited for the image's worker.
     pub(super) fn take_news(&mut self) {
         let Some(mapping) = &mut self.mapping else { return };
-        let (done, parked) = mapping.take_news();
+        let (done, waiting) = mapping.take_news();
         for (tag, result) in done {
             let slot = &mut self.slots[usize::from(tag)];
             let bounced = slot.bounced();
@@ -70,33 +84,43 @@ impl Engine {
                 self.take_step(tag, step, bounced);
             }
         }
-        for tag in parked {
-            self.submit_slot(tag);
+        for tag in waiting {
+            self.submit_mapped(tag);
         }
     }
 
-    pub(super) fn take_step(&mut self, tag: u16, step: Step, bounced: usize) {
+    fn take_step(&mut self, tag: u16, step: Step, bounced: usize) {
         let slot = &mut self.slots[usize::from(tag)];
         let entry = match step {
             Step::Submit(target) => slot.entry_at(target),
-            Step::Sync => slot.entry_at(Target::whole_image()),
+            Step::Sync => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
             Step::Wait => return,
-            Step::Over(result) => {
-                slot.free();
-                self.bounced -= bounced;
+            Step::Over(progress) => {
+                if matches!(progress, Progress::Done(_)) {
+                    slot.free();
+                }
                 if let Some(mapping) = &mut self.mapping {
-                    mapping.finished.push((tag, result));
+                    mapping.finished.push((tag, bounced, progress));
                 }
                 return;
             }
         };
-        self.push(entry.user_data(Token::Slot(tag).encode()));
+        // SAFETY: what the entry points to is the slot's, and lives until its completion.
+        unsafe { self.ring.push(entry.user_data(Token::Slot(tag).encode())) };
+    }
+
+    pub(super) fn has_finished(&self) -> bool {
+        self.mapping.as_ref().is_some_and(|mapping| !mapping.finished.is_empty())
+    }
+
+    pub(super) fn is_port(&self, id: WatchId) -> bool {
+        self.mapping.as_ref().is_some_and(|mapping| mapping.watch == id)
     }
 }
 
 impl Mapping {
     pub(super) fn new(port: Arc<Port>, watch: WatchId) -> Self {
-        Self { port, watch, parked: Vec::new(), pieces: Vec::new(), finished: Vec::new() }
+        Self { port, watch, waiting: Vec::new(), pieces: Vec::new(), finished: Vec::new() }
     }
 
     fn piece(&mut self, tag: u16) -> &mut Piece {
@@ -110,10 +134,12 @@ impl Mapping {
     /// The next step of a request that moves bytes.
     pub(super) fn next_step(&mut self, tag: u16, slot: &mut Slot) -> Step {
         loop {
-            let Some((transfer, remaining)) = slot.rest() else { return Step::Over(Ok(())) };
-            if remaining == 0 {
-                return Step::Over(Ok(()));
+            if let Some((op, range)) = slot.next_range() {
+                return self.send_range(tag, op, range);
             }
+            let Some((transfer, remaining @ 1..)) = slot.rest() else {
+                return Step::Over(Progress::Done(Ok(())));
+            };
             let (offset, len) = (transfer.offset, remaining as u64);
             let located = match transfer.direction {
                 Direction::Read => self.port.locate_read(offset, len),
@@ -132,10 +158,10 @@ impl Mapping {
                     return Step::Wait;
                 }
                 Ok(Place::Later) => {
-                    self.parked.push(tag);
+                    self.waiting.push(tag);
                     return Step::Wait;
                 }
-                Err(error) => return Step::Over(Err(error)),
+                Err(error) => return Step::Over(Progress::Done(Err(error))),
             }
         }
     }
@@ -150,8 +176,24 @@ impl Mapping {
         self.port.send(tag, work, transfer.offset, Buffers(slot.next_buffers(len)), pending);
     }
 
+    fn send_range(&mut self, tag: u16, op: RangeOp, Range { offset, len }: Range) -> Step {
+        let work = match op {
+            RangeOp::Discard => Work::Discard { len },
+            RangeOp::WriteZeroes { unmap, durable } => Work::Zeroes { len, unmap, durable },
+        };
+        *self.piece(tag) = Piece::Job(as_len(len));
+        self.port.send_range(tag, work, offset, len);
+        Step::Wait
+    }
+
     /// The kernel is done with what a request had submitted.
-    pub(super) fn completed(&mut self, tag: u16, slot: &mut Slot, result: i32) -> Step {
+    pub(super) fn completed(
+        &mut self,
+        tag: u16,
+        slot: &mut Slot,
+        result: i32,
+        support: &mut Support,
+    ) -> Step {
         let piece = std::mem::take(self.piece(tag));
         if matches!(piece, Piece::InFile | Piece::InFileThenSync) {
             self.port.left();
@@ -165,20 +207,20 @@ impl Mapping {
             self.send(tag, slot, usize::MAX, None);
             return Step::Wait;
         }
-        match (slot.advance(result), piece) {
+        match (slot.advance(result, support), piece) {
             (Progress::Done(Ok(())), Piece::InFileThenSync) => {
                 *self.piece(tag) = Piece::Sync;
                 slot.begin_flush();
                 Step::Sync
             }
-            (Progress::Done(result), _) => Step::Over(result),
             (Progress::More, _) => self.next_step(tag, slot),
+            (over, _) => Step::Over(over),
         }
     }
 
     /// What the port has to say: the requests to go on with, and how their jobs went.
     pub(super) fn take_news(&mut self) -> (Vec<(u16, io::Result<()>)>, Vec<u16>) {
-        (self.port.take_done(), std::mem::take(&mut self.parked))
+        (self.port.take_done(), std::mem::take(&mut self.waiting))
     }
 
     /// A job is done.
@@ -189,12 +231,12 @@ impl Mapping {
                 slot.moved(len);
                 self.next_step(tag, slot)
             }
-            Err(error) => Step::Over(Err(error)),
+            Err(error) => Step::Over(Progress::of_error(error, false)),
         }
     }
 
-    pub(super) fn next_finished(&mut self) -> Option<Event> {
-        self.finished.pop().map(|(tag, result)| Event::Done { tag, result })
+    pub(super) fn next_finished(&mut self) -> Option<(u16, usize, Progress)> {
+        self.finished.pop()
     }
 }
 

@@ -4,6 +4,8 @@ use std::io;
 
 use io_uring::{opcode, squeue, types};
 
+use super::range::{Range, RangeJob, RangeOp, Support, Zeroes};
+use super::ring::IMAGE;
 use crate::bounce::{Bounce, PIECE};
 
 /// What to move.
@@ -35,18 +37,31 @@ impl Transfer {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default)]
 enum Work {
     #[default]
     Free,
     Flush,
     Transfer(Transfer),
+    Ranges(Box<RangeJob>),
 }
 
 pub(super) enum Progress {
     /// Submit the rest.
     More,
+    /// There is no room for it now. The rest may be submitted again.
+    Full(io::Error),
     Done(io::Result<()>),
+}
+
+impl Progress {
+    /// `last`: trying again would not do the same again.
+    pub(super) fn of_error(error: io::Error, last: bool) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) if !last => Self::Full(error),
+            _ => Self::Done(Err(error)),
+        }
+    }
 }
 
 /// Where the next bytes of a request are.
@@ -60,17 +75,12 @@ pub(super) struct Target {
     pub(super) len: usize,
 }
 
-impl Target {
-    /// All of the image's own file.
-    pub(super) fn whole_image() -> Self {
-        Self { file: 0, offset: 0, len: usize::MAX }
-    }
-}
-
 /// Room for one request, reused.
 #[derive(Default)]
 pub(super) struct Slot {
     work: Work,
+    /// The kernel does not have it.
+    parked: bool,
     buffers: Vec<libc::iovec>,
     /// The first of `buffers` that is not finished; it starts where the rest does.
     first: usize,
@@ -85,17 +95,25 @@ impl Slot {
         !matches!(self.work, Work::Free)
     }
 
+    pub(super) fn is_parked(&self) -> bool {
+        self.is_busy() && self.parked
+    }
+
+    pub(super) fn set_parked(&mut self, parked: bool) {
+        self.parked = parked;
+    }
+
     /// Bytes of aligned memory it holds.
     pub(super) fn bounced(&self) -> usize {
         self.bounce.as_ref().map_or(0, |bounce| bounce.len())
     }
 
-    pub(super) fn is_flush(&self) -> bool {
-        matches!(self.work, Work::Flush)
+    pub(super) fn begin_flush(&mut self) {
+        (self.work, self.parked) = (Work::Flush, true);
     }
 
-    pub(super) fn begin_flush(&mut self) {
-        self.work = Work::Flush;
+    pub(super) fn begin_ranges(&mut self, op: RangeOp, ranges: Vec<Range>) {
+        (self.work, self.parked) = (Work::Ranges(Box::new(RangeJob::new(op, ranges))), true);
     }
 
     pub(super) fn begin(
@@ -104,7 +122,7 @@ impl Slot {
         buffers: impl IntoIterator<Item = libc::iovec>,
         (memory_align, len_align): (usize, usize),
     ) {
-        self.work = Work::Transfer(transfer);
+        (self.work, self.parked) = (Work::Transfer(transfer), true);
         self.buffers.clear();
         self.buffers.extend(buffers.into_iter().filter(|buffer| buffer.iov_len != 0));
         self.first = 0;
@@ -117,29 +135,45 @@ impl Slot {
             .then(|| Box::new(Bounce::new(self.remaining.min(PIECE), memory_align.max(len_align).max(4096))));
     }
 
+    /// What to hand to the kernel next.
+    pub(super) fn entry(&mut self, support: &Support, zeroes: &mut Zeroes) -> squeue::Entry {
+        match &mut self.work {
+            Work::Free => opcode::Nop::new().build(),
+            Work::Flush => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::Transfer(transfer) => {
+                let Transfer { direction, offset } = *transfer;
+                self.transfer_entry(direction, Target { file: 0, offset, len: self.remaining })
+            }
+            Work::Ranges(job) => job.entry(support, zeroes),
+        }
+    }
+
+    /// What to hand to the kernel next of a transfer, of what is at `target`.
+    pub(super) fn entry_at(&mut self, target: Target) -> squeue::Entry {
+        match self.work {
+            Work::Transfer(transfer) => self.transfer_entry(transfer.direction, target),
+            _ => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+        }
+    }
+
     /// What is to move, and how many bytes of it are left.
     pub(super) fn rest(&self) -> Option<(Transfer, usize)> {
         match self.work {
             Work::Transfer(transfer) => Some((transfer, self.remaining)),
-            Work::Free | Work::Flush => None,
+            _ => None,
         }
     }
 
-    /// What to hand to the kernel next: all of the rest, on a disk that is where its file says.
-    pub(super) fn entry(&mut self) -> squeue::Entry {
-        let offset = self.rest().map_or(0, |(transfer, _)| transfer.offset);
-        self.entry_at(Target { file: 0, offset, len: self.remaining })
+    /// What is to be done to a range, and what is left of it.
+    pub(super) fn next_range(&mut self) -> Option<(RangeOp, Range)> {
+        match &mut self.work {
+            Work::Ranges(job) => job.next_range(),
+            _ => None,
+        }
     }
 
-    /// What to hand to the kernel next, of what is at `target`.
-    pub(super) fn entry_at(&mut self, target: Target) -> squeue::Entry {
-        match self.work {
-            Work::Free => opcode::Nop::new().build(),
-            Work::Flush => {
-                opcode::Fsync::new(types::Fixed(target.file)).flags(types::FsyncFlags::DATASYNC).build()
-            }
-            Work::Transfer(transfer) => self.transfer_entry(transfer.direction, target),
-        }
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self.work, Work::Flush)
     }
 
     fn transfer_entry(&mut self, direction: Direction, target: Target) -> squeue::Entry {
@@ -183,7 +217,7 @@ impl Slot {
             // SAFETY: the buffers are mapped until our event. A guest may change them meanwhile: it sees what it did.
             unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0, buffer.iov_len) };
         }
-        self.moved(len);
+        self.skip_over(len);
     }
 
     /// The buffers of the next `len` bytes.
@@ -191,34 +225,60 @@ impl Slot {
         first_bytes(&self.buffers[self.first..], len.min(self.remaining)).collect()
     }
 
-    /// `len` more bytes are where they belong.
+    /// `len` more bytes are where they belong, or a range is as it is to be.
     pub(super) fn moved(&mut self, len: usize) {
+        match &mut self.work {
+            Work::Ranges(job) => job.range_done(),
+            _ => self.skip_over(len),
+        }
+    }
+
+    fn skip_over(&mut self, len: usize) {
         if let Work::Transfer(transfer) = &mut self.work {
             transfer.offset += len as u64;
         }
         self.skip(len);
     }
 
-    /// Takes note of what the kernel says of the last entry.
-    pub(super) fn advance(&mut self, result: i32) -> Progress {
-        let Work::Transfer(transfer) = self.work else {
-            return self.finish(if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) });
-        };
-        let moved = match result {
-            0 if self.remaining != 0 => {
-                // The file ends before its end: somebody cut it off under us.
-                return self.finish(Err(io::ErrorKind::UnexpectedEof.into()));
+    /// Takes note of what the kernel says of the last entry. A slot whose work is done is free.
+    pub(super) fn advance(&mut self, result: i32, support: &mut Support) -> Progress {
+        let progress = match &mut self.work {
+            Work::Transfer(transfer) => {
+                let transfer = *transfer;
+                self.kernel_moved(transfer, result)
             }
+            Work::Ranges(job) => job.advance(result, support),
+            Work::Free | Work::Flush if result < 0 => {
+                Progress::Done(Err(io::Error::from_raw_os_error(-result)))
+            }
+            Work::Free | Work::Flush => Progress::Done(Ok(())),
+        };
+        if matches!(progress, Progress::Done(_)) {
+            self.free();
+        }
+        progress
+    }
+
+    fn kernel_moved(&mut self, transfer: Transfer, result: i32) -> Progress {
+        let moved = match result {
+            // The file ends before its end: somebody cut it off under us.
+            0 if self.remaining != 0 => return Progress::Done(Err(io::ErrorKind::UnexpectedEof.into())),
             0.. => (result as usize).min(self.remaining),
             _ if matches!(-result, libc::EINTR | libc::EAGAIN) => return Progress::More,
-            _ => return self.finish(Err(io::Error::from_raw_os_error(-result))),
+            _ => return Progress::of_error(io::Error::from_raw_os_error(-result), false),
         };
         if let (Some(bounce), Direction::Read) = (&self.bounce, transfer.direction) {
             // SAFETY: the buffers are mapped until our event, and hold the `remaining` bytes.
             unsafe { bounce.scatter(&self.buffers[self.first..], moved) };
         }
-        self.moved(moved);
-        if self.remaining == 0 { self.finish(Ok(())) } else { Progress::More }
+        self.skip_over(moved);
+        if self.remaining == 0 { Progress::Done(Ok(())) } else { Progress::More }
+    }
+
+    /// Gives up what is left to do.
+    pub(super) fn free(&mut self) {
+        self.work = Work::Free;
+        self.bounce = None;
     }
 
     fn skip(&mut self, mut bytes: usize) {
@@ -233,16 +293,6 @@ impl Slot {
                 self.first += 1;
             }
         }
-    }
-
-    fn finish(&mut self, result: io::Result<()>) -> Progress {
-        self.free();
-        Progress::Done(result)
-    }
-
-    pub(super) fn free(&mut self) {
-        self.work = Work::Free;
-        self.bounce = None;
     }
 }
 
@@ -271,6 +321,6 @@ fn first_bytes(buffers: &[libc::iovec], mut len: usize) -> impl Iterator<Item = 
     })
 }
 
-fn durability(durable: bool) -> i32 {
+pub(super) fn durability(durable: bool) -> i32 {
     if durable { libc::RWF_DSYNC } else { 0 }
 }

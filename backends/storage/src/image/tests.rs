@@ -39,6 +39,22 @@ fn what_is_no_disk_is_refused() {
 }
 
 #[test]
+fn a_size_is_taken_again_when_asked_for() {
+    let file = file(8192);
+    let image = open(file.path(), false, CacheMode::Writeback).unwrap();
+    assert_eq!(image.topology(), Topology::default());
+    assert!(!image.reload().unwrap());
+    for (len, changed) in
+        [(16384, Some(true)), (512, Some(true)), (512, Some(false)), (0, None), (1000, None)]
+    {
+        let before = image.len();
+        file.as_file().set_len(len).unwrap();
+        assert_eq!(image.reload().ok(), changed, "{len}");
+        assert_eq!(image.len(), if changed.is_some() { len } else { before });
+    }
+}
+
+#[test]
 fn writers_exclude_everybody_and_readers_only_writers() {
     let file = file(512);
     let writer = open(file.path(), false, CacheMode::Writeback).unwrap();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::Thread;
 
-use imago::Mapping;
+use imago::{Mapping, ShallowMapping};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::worker::{Buffers, Job, Work};
@@ -94,7 +94,7 @@ impl Port {
     /// The order matters: a mapping that is seen was made by a job that was pending then, so that a look at the
     /// pending *after* it tells whether the tables that have it are in the file.
     fn place_write(&self, offset: u64, len: u64) -> io::Result<Place> {
-        let in_place = self.in_place(offset, len)?;
+        let (in_place, _) = self.in_place(offset, len)?;
         if let Some(place) = in_place
             && self.shared.pending_count.load(Ordering::SeqCst) == 0
         {
@@ -102,22 +102,24 @@ impl Port {
         }
         // Under the lock nobody begins or ends a job: what is decided for the cluster, all decide.
         let mut pending = lock(&self.shared.pending);
+        let (in_place, run) = self.in_place(offset, len)?;
+        let Some(place) = in_place else {
+            return Ok(self.to_worker(&mut pending, self.clusters(offset, run), run));
+        };
+        if !pending.overlaps(&self.clusters(offset, run)) {
+            return Ok(place);
+        }
+        // One cluster, of which is known whether a ring may write it.
         let size = self.shared.cluster_size;
-        let (_, run) = mapping(&self.shared, offset, len)?;
-        if let Some(place) = self.in_place(offset, run)? {
-            if !pending.overlaps(&self.clusters(offset, run)) {
-                return Ok(place);
-            }
-            // One cluster, of which is known that no ring writes it.
-            let len = run.min(size - offset % size);
-            let clusters = self.clusters(offset, len);
-            if !pending.overlaps(&clusters) {
-                return Ok(self.in_place(offset, len)?.unwrap_or(Place::Later));
-            }
+        let len = run.min(size - offset % size);
+        let clusters = self.clusters(offset, len);
+        if pending.overlaps(&clusters) {
             return Ok(self.to_worker(&mut pending, clusters, len));
         }
-        let clusters = self.clusters(offset, run);
-        Ok(self.to_worker(&mut pending, clusters, run))
+        Ok(match place {
+            Place::File { file, offset, .. } => Place::File { file, offset, len },
+            other => other,
+        })
     }
 
     fn to_worker(&self, pending: &mut super::Pending, clusters: Range<u64>, len: u64) -> Place {
@@ -126,15 +128,15 @@ impl Port {
         Place::Worker { len, pending: Some(id) }
     }
 
-    /// Where bytes can be overwritten as they are.
-    fn in_place(&self, offset: u64, len: u64) -> io::Result<Option<Place>> {
-        let (mapping, len) = mapping(&self.shared, offset, len)?;
-        Ok(match mapping {
-            Mapping::Raw { storage, offset, writable: true, .. } if storage.index() == 0 => {
-                Some(Place::File { file: 0, offset, len })
-            }
+    /// Where bytes can be overwritten as they are, if they can; and how many are alike, all of one L2 table.
+    fn in_place(&self, offset: u64, len: u64) -> io::Result<(Option<Place>, u64)> {
+        let (mapping, len) = self.shared.access.get_shallow_mapping(offset, len)?;
+        let place = match mapping {
+            _ if len == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            ShallowMapping::Raw { offset, writable: true, .. } => Some(Place::File { file: 0, offset, len }),
             _ => None,
-        })
+        };
+        Ok((place, len))
     }
 
     fn clusters(&self, offset: u64, len: u64) -> Range<u64> {

@@ -1,7 +1,7 @@
 #![expect(unsafe_code, reason = "requests name memory")]
 
-use std::cell::RefCell;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::thread;
 
@@ -12,22 +12,29 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::image::{Image, ImageFormat, ImageOptions};
-use crate::{Engine, Event, Transfer};
+use crate::{Engine, Event, Range, RangeOp, Transfer};
 
 mod corrupt;
 mod crash;
 
 const CACHES: [CacheMode; 3] = [CacheMode::None, CacheMode::Writeback, CacheMode::Writethrough];
 
-type Observer = Box<dyn Fn(&File)>;
+/// The worst that was found of a file, by inode.
+type Worst = Arc<Mutex<Result<(), HeaderError>>>;
 
-thread_local! {
-    static OBSERVER: RefCell<Option<Observer>> = const { RefCell::new(None) };
-}
+static OBSERVED: Mutex<Vec<(u64, Worst)>> = Mutex::new(Vec::new());
 
 /// Called after each write of imago's to a file.
 pub(super) fn after_write(file: &File) {
-    OBSERVER.with_borrow(|observer| observer.iter().for_each(|observer| observer(file)));
+    let inode = file.metadata().unwrap().ino();
+    let worst = lock(&OBSERVED).iter().find(|(other, _)| *other == inode).map(|(_, worst)| worst.clone());
+    if let Some(worst) = worst {
+        let now = crash::soundness(file);
+        let mut worst = lock(&worst);
+        if worst.is_ok() {
+            *worst = now;
+        }
+    }
 }
 
 fn directory() -> TempDir {
@@ -50,6 +57,7 @@ impl New {
     }
 
     fn make(&self, path: &Path) {
+        let _ = std::fs::remove_file(path);
         let storage = imago::file::File::create_open(StorageCreateOptions::new().filename(path)).unwrap();
         let builder = Qcow2::<imago::file::File>::create_builder(storage)
             .size(self.size)
@@ -109,6 +117,12 @@ fn read(engine: &mut Engine, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     let result = done(engine).1;
     assert_eq!(bytes.pop(), Some(0xee));
     result.map(|()| bytes)
+}
+
+fn range(engine: &mut Engine, op: RangeOp, offset: u64, len: u64) -> io::Result<()> {
+    engine.park_ranges(3, op, vec![Range { offset, len }]);
+    engine.submit(3);
+    done(engine).1
 }
 
 fn all(path: &Path, cache: CacheMode) -> Vec<u8> {

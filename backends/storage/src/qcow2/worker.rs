@@ -138,10 +138,13 @@ impl Job {
                 let slices: Vec<_> = slices.map(IoSliceMut::new).collect();
                 shared.access.readv(IoVectorMut::from(slices), self.offset)
             }
-            Work::Write { .. } if self.gives_up_clusters(shared)? => {
-                exclusively(shared, || self.write(shared))
-            }
-            Work::Write { .. } => self.write(shared),
+            Work::Write { .. } => match self.gives_up(shared)? {
+                GivesUp::Nothing => self.write(shared),
+                GivesUp::Compressed => self.write(shared).and_then(|()| shared.access.flush()),
+                GivesUp::Shared => {
+                    exclusively(shared, || self.write(shared).and_then(|()| shared.access.flush()))
+                }
+            },
             Work::Discard { len } => self.by_run(shared, len, |mapping, offset, len| match mapping {
                 ShallowMapping::Raw { .. } | ShallowMapping::Special { .. } => {
                     // SAFETY: nobody relies on a mapping while no ring has I/O; the worker itself holds none.
@@ -176,7 +179,7 @@ impl Job {
             if run == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            exclusively(shared, || work(&mapping, at, run))?;
+            exclusively(shared, || work(&mapping, at, run).and_then(|()| shared.access.flush()))?;
             at += run;
             left -= run;
         }
@@ -192,14 +195,16 @@ impl Job {
         shared.access.writev(IoVector::from(slices), self.offset)
     }
 
-    /// Whether the write replaces clusters that rings may be reading: those that are shared with a snapshot.
-    fn gives_up_clusters(&self, shared: &Shared) -> io::Result<bool> {
+    fn gives_up(&self, shared: &Shared) -> io::Result<GivesUp> {
+        let mut gives_up = GivesUp::Nothing;
         let mut at = self.offset;
         let mut left: u64 = self.buffers.0.iter().map(|buffer| buffer.iov_len as u64).sum();
         while left > 0 {
             let (mapping, len) = shared.access.get_shallow_mapping(at, left)?;
-            if matches!(mapping, ShallowMapping::Raw { writable: false, .. }) {
-                return Ok(true);
+            match mapping {
+                ShallowMapping::Raw { writable: false, .. } => return Ok(GivesUp::Shared),
+                ShallowMapping::Special { .. } => gives_up = GivesUp::Compressed,
+                _ => {}
             }
             if len == 0 {
                 break;
@@ -207,8 +212,19 @@ impl Job {
             at += len;
             left = left.saturating_sub(len);
         }
-        Ok(false)
+        Ok(gives_up)
     }
+}
+
+/// The clusters that a write replaces. The tables are written back right after it: imago would take one of them for a
+/// new table before the file has forgotten what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum GivesUp {
+    Nothing,
+    /// Only the worker reads them.
+    Compressed,
+    /// With a snapshot. Rings may be reading them.
+    Shared,
 }
 
 /// Zero clusters where the image can have them (version 3), and zeros where it cannot.

@@ -46,8 +46,11 @@ fn use_it(path: &Path, read_only: bool) {
     if !read_only {
         for at in (0..len.min(64 << 10)).step_by(4096) {
             let _ = write(&mut engine, at, &[6; 2048], at % 8192 == 0);
+            let op = RangeOp::WriteZeroes { unmap: at % 8192 == 0, durable: false };
+            let _ = range(&mut engine, op, at, 2048.min(len - at));
         }
     }
+    let _ = range(&mut engine, RangeOp::Discard, 0, len);
     engine.flush(0);
     let _ = done(&mut engine);
 }
