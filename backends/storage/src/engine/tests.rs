@@ -185,7 +185,12 @@ fn a_discarded_range_gives_its_storage_back_and_the_rest_stays() {
 #[test]
 fn what_a_readonly_file_refuses_is_an_error() {
     let (file, _) = engine(CacheMode::Writeback, 8);
-    let options = ImageOptions { path: file.path().to_owned(), read_only: true, cache: CacheMode::Writeback };
+    let options = ImageOptions {
+        path: file.path().to_owned(),
+        format: ImageFormat::Raw,
+        read_only: true,
+        cache: CacheMode::Writeback,
+    };
     let mut engine = Engine::new(Arc::new(Image::open(&options).unwrap()), 8).unwrap();
     let op = RangeOp::WriteZeroes { unmap: true, durable: false };
     assert_eq!(ranges(&mut engine, op, &[(0, 4096)]).unwrap_err().raw_os_error(), Some(libc::EBADF));
