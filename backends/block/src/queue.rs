@@ -174,6 +174,8 @@ impl<'e> Queue<'e> {
                 None => break,
             }
         }
+        // What was answered at once; the rest of the turn may be a long sleep.
+        self.vring.signal_used()?;
         self.vring.has_available()
     }
 
