@@ -3,9 +3,11 @@
 //! The VMM (`cleave`) and the device daemons (`cleave-*`) never depend on each other; they meet in this crate
 //! and on the vhost-user socket.
 
+pub mod cpus;
 pub mod exit;
 pub mod logging;
 pub mod options;
 pub mod size;
+pub mod throttle;
 pub mod vhost_user;
 pub mod virtio;

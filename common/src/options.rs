@@ -4,7 +4,8 @@
 //! [`parse`] and in a configuration file through its own format. Keys that are unknown, repeated or missing and
 //! values that do not fit are errors that name the key, say what it may be, and the nearest valid word.
 //!
-//! A comma inside a value is written twice (`path=a,,b` is the path `a,b`).
+//! A comma inside a value is written twice (`path=a,,b` is the path `a,b`). A key with a dot is a key of a struct inside
+//! (`throttle.iops-total=100`); in a configuration file it is a table.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -23,19 +24,20 @@ pub struct OptionError(String);
 /// such a key: with `Some("path")`, `disk.raw,readonly=on` means `path=disk.raw,readonly=on`. A later word
 /// without `=` means `word=on`.
 pub fn parse<T: DeserializeOwned>(text: &str, positional: Option<&str>) -> Result<T, OptionError> {
-    let mut pairs: Vec<(String, Word)> = Vec::new();
+    let mut pairs: Vec<(String, Value)> = Vec::new();
     for (at, word) in split_commas(text).into_iter().enumerate() {
         let (key, value) = match (word.split_once('='), positional) {
-            // A path may itself hold an '=': only what looks like a key is one.
-            (Some((key, value)), _) if is_key(key) => (key.to_owned(), value.to_owned()),
+            // A path may itself hold an '=': only what looks like a key is one, and not what looks like a file name.
+            (Some((key, value)), _)
+                if is_key(key) && !(at == 0 && positional.is_some() && key.contains('.')) =>
+            {
+                (key.to_owned(), value.to_owned())
+            }
             (_, Some(key)) if at == 0 => (key.to_owned(), word),
             _ if is_key(&word) => (word, "on".to_owned()),
             _ => return Err(OptionError(format!("'{word}' is not of the form key=value"))),
         };
-        if pairs.iter().any(|(known, _)| *known == key) {
-            return Err(OptionError(format!("'{key}' is given twice")));
-        }
-        pairs.push((key.clone(), Word { key, text: value }));
+        insert(&mut pairs, &key, Word { key: key.clone(), text: value })?;
     }
     T::deserialize(MapDeserializer::new(pairs.into_iter()))
 }
@@ -115,8 +117,28 @@ pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str
     nearest(word, candidates).map_or_else(String::new, |near| format!(" (did you mean '{near}'?)"))
 }
 
+/// Puts a word where its key says: one with a dot into the table before the dot.
+fn insert(pairs: &mut Vec<(String, Value)>, path: &str, word: Word) -> Result<(), OptionError> {
+    let (key, rest) = path.split_once('.').map_or((path, None), |(key, rest)| (key, Some(rest)));
+    let known = pairs.iter().position(|(known, _)| known == key);
+    match (known.map(|at| &mut pairs[at].1), rest) {
+        (None, None) => pairs.push((key.to_owned(), Value::Word(word))),
+        (None, Some(rest)) => {
+            let mut table = Vec::new();
+            insert(&mut table, rest, word)?;
+            pairs.push((key.to_owned(), Value::Table(key.to_owned(), table)));
+        }
+        (Some(Value::Table(_, table)), Some(rest)) => insert(table, rest, word)?,
+        (Some(_), _) => return Err(OptionError(format!("'{}' is given twice", word.key))),
+    }
+    Ok(())
+}
+
 fn is_key(word: &str) -> bool {
-    !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    let is_part = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    word.split('.').all(is_part)
 }
 
 fn split_commas(text: &str) -> Vec<String> {
@@ -135,6 +157,13 @@ fn split_commas(text: &str) -> Vec<String> {
     words
 }
 
+/// What a key is given.
+enum Value {
+    Word(Word),
+    /// With the key that leads to it.
+    Table(String, Vec<(String, Value)>),
+}
+
 /// One value, with its key for the messages.
 struct Word {
     key: String,
@@ -151,6 +180,14 @@ impl Word {
     /// Puts the key in front of what the value's own type complains of.
     fn named<V>(key: &str, result: Result<V, OptionError>) -> Result<V, OptionError> {
         result.map_err(|OptionError(text)| OptionError(format!("{key}: {text}")))
+    }
+}
+
+impl OptionError {
+    /// Says which table it is about, if it does not already.
+    fn within(self, table: &str) -> Self {
+        let named = self.0.strip_prefix(table).is_some_and(|rest| rest.starts_with('.'));
+        if named { self } else { Self(format!("{table}: {}", self.0)) }
     }
 }
 
@@ -179,6 +216,55 @@ impl<'de> IntoDeserializer<'de, OptionError> for Word {
 
     fn into_deserializer(self) -> Self {
         self
+    }
+}
+
+impl<'de> IntoDeserializer<'de, OptionError> for Value {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+macro_rules! by_kind {
+    ($($method:ident ( $($arg:ident : $ty:ty),* );)*) => {$(
+        fn $method<V: Visitor<'de>>(self, $($arg: $ty,)* visitor: V) -> Result<V::Value, OptionError> {
+            match self {
+                Self::Word(word) => word.$method($($arg,)* visitor),
+                Self::Table(key, table) => visitor
+                    .visit_map(MapDeserializer::new(table.into_iter()))
+                    .map_err(|error| error.within(&key)),
+            }
+        }
+    )*};
+}
+
+impl<'de> Deserializer<'de> for Value {
+    type Error = OptionError;
+
+    by_kind! {
+        deserialize_u8(); deserialize_u16(); deserialize_u32(); deserialize_u64();
+        deserialize_i8(); deserialize_i16(); deserialize_i32(); deserialize_i64();
+        deserialize_any(); deserialize_bool();
+        deserialize_enum(name: &'static str, variants: &'static [&'static str]);
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+        visitor.visit_some(self)
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, OptionError> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    forward_to_deserialize_any! {
+        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map struct
+        identifier ignored_any
     }
 }
 
@@ -237,92 +323,4 @@ impl<'de> Deserializer<'de> for Word {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-
-    use proptest::prelude::*;
-    use serde::Deserialize;
-
-    use super::*;
-    use crate::size::ByteSize;
-    use crate::virtio::DeviceType;
-
-    #[derive(Debug, Default, PartialEq, Deserialize)]
-    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-    struct Disk {
-        path: PathBuf,
-        #[serde(default)]
-        readonly: bool,
-        queues: Option<u16>,
-        format: Option<Format>,
-        page_size: Option<ByteSize>,
-        r#type: Option<DeviceType>,
-    }
-
-    #[derive(Debug, PartialEq, Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    enum Format {
-        Raw,
-        Qcow2,
-    }
-
-    fn disk(text: &str) -> Result<Disk, String> {
-        parse(text, Some("path")).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn keys_values_and_the_positional_word() {
-        let expected = Disk {
-            path: "a,b=c".into(),
-            readonly: true,
-            queues: Some(4),
-            format: Some(Format::Raw),
-            page_size: Some(ByteSize(2 << 20)),
-            r#type: Some(DeviceType::BLOCK),
-        };
-        assert_eq!(disk("path=a,,b=c,readonly,queues=4,format=raw,page-size=2M,type=2"), Ok(expected));
-        assert_eq!(disk("/x=y").unwrap().path, PathBuf::from("/x=y"));
-    }
-
-    #[test]
-    fn errors_name_the_key_and_the_nearest_word() {
-        for (text, message) in [
-            (
-                "a,redonly=on",
-                "unknown key 'redonly' (did you mean 'readonly'?); the keys are: path, readonly",
-            ),
-            ("a,format=qcow", "format: 'qcow' is not one of: raw, qcow2 (did you mean 'qcow2'?)"),
-            ("a,readonly=maybe", "readonly: 'maybe' is neither on nor off"),
-            ("a,queues=many", "queues: 'many' is no valid number"),
-            ("a,queues=70000", "queues: '70000' is no valid number"),
-            ("a,page-size=2X", "page-size: '2X' is no size"),
-            ("a,type=blokc", "type: 'blokc' is no virtio device type (did you mean 'block'?)"),
-            ("a,path=b", "'path' is given twice"),
-            ("readonly=on", "'path=' is missing"),
-            ("a,Über", "'Über' is not of the form key=value"),
-        ] {
-            let said = disk(text).unwrap_err();
-            assert!(said.contains(message), "{text}: {said}");
-        }
-    }
-
-    #[test]
-    fn the_same_struct_reads_a_file() {
-        let from_file: Disk =
-            toml::from_str("path = 'd'\nreadonly = true\npage-size = 4096\ntype = 2").unwrap();
-        assert_eq!(disk("d,readonly=on,page-size=4k,type=block"), Ok(from_file));
-    }
-
-    proptest! {
-        #[test]
-        fn no_text_makes_it_panic(text: String) {
-            let _ = disk(&text);
-        }
-
-        #[test]
-        fn a_doubled_comma_is_a_comma(path in "[^,]+(,[^,]+)*") {
-            let text = format!("path={}", path.replace(',', ",,"));
-            prop_assert_eq!(disk(&text).unwrap().path, PathBuf::from(path));
-        }
-    }
-}
+mod tests;

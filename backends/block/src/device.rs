@@ -2,17 +2,20 @@
 
 use std::error::Error;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
+use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::virtio::DeviceType;
 use cleave_runtime::{Device, QueueIndex, QueueThread, Vring};
 use cleave_storage::{CacheMode, Engine, EngineError, Image, ImageError};
 
 use crate::config_space::{ConfigSpace, WRITEBACK, feature};
-use crate::disk::Disk;
+use crate::cpus::{self, CpusError};
+use crate::disk::{Disk, OnFull};
 use crate::queue;
-use crate::request::Limits;
+use crate::throttle::Throttle;
 
 /// Most data buffers in one request: what fits into a queue of 128 entries beside header and status, so that a guest
 /// without indirect descriptors never gets stuck.
@@ -30,12 +33,15 @@ pub(crate) enum BlockError {
     Engine(#[from] EngineError),
     #[error("cannot start a queue's thread")]
     Thread(#[from] std::io::Error),
+    #[error(transparent)]
+    Cpus(#[from] CpusError),
 }
 
 impl From<BlockError> for Failure {
     fn from(error: BlockError) -> Self {
         let code = match &error {
             BlockError::Image(image) if !image.is_hosts_fault() => ExitCode::Usage,
+            BlockError::Cpus(CpusError::NotAllowed { .. }) => ExitCode::Usage,
             _ => ExitCode::Host,
         };
         Self::new(code, error)
@@ -47,13 +53,20 @@ pub(crate) struct BlockOptions {
     pub(crate) num_queues: u16,
     pub(crate) max_queue_size: u16,
     pub(crate) serial: String,
+    pub(crate) on_full: OnFull,
+    /// How long a queue's thread may look for work before it sleeps.
+    pub(crate) poll: Duration,
+    pub(crate) throttle: Option<Throttle>,
+    /// Where the queues' threads run, if not anywhere.
+    pub(crate) cpus: Option<CpuList>,
 }
 
 /// A disk image as a virtio device.
 pub(crate) struct Block {
     image: Arc<Image>,
     disk: Arc<Disk>,
-    options: BlockOptions,
+    num_queues: u16,
+    max_queue_size: u16,
     acked_features: u64,
     /// The guest's switch in config space.
     writeback: bool,
@@ -62,29 +75,28 @@ pub(crate) struct Block {
 
 impl Block {
     pub(crate) fn new(image: Image, options: BlockOptions) -> Result<Self, BlockError> {
+        let BlockOptions { num_queues, max_queue_size, serial, on_full, poll, throttle, cpus } = options;
+        cpus.as_ref().map_or(Ok(()), cpus::check)?;
         let image = Arc::new(image);
-        let limits = Limits {
-            len: image.len(),
-            logical_block: image.logical_block(),
-            read_only: image.is_read_only(),
-        };
-        let disk = Arc::new(Disk { limits, durable: AtomicBool::new(true), serial: options.serial.clone() });
-        let queues = (0..options.num_queues)
-            .map(|index| spawn_queue(index, &image, &disk, options.max_queue_size))
+        let disk = Arc::new(Disk::new(&image, num_queues, serial, on_full, poll, throttle)?);
+        let queues = (0..num_queues)
+            .map(|index| spawn_queue(index, &image, &disk, max_queue_size, cpus.clone()))
             .collect::<Result<_, _>>()?;
         let writeback = initial_writeback(&image);
-        Ok(Self { image, disk, options, acked_features: 0, writeback, queues })
+        Ok(Self { image, disk, num_queues, max_queue_size, acked_features: 0, writeback, queues })
     }
 
     fn config_space(&self) -> ConfigSpace {
         ConfigSpace {
             capacity: self.image.len() / 512,
             size_max: SIZE_MAX,
-            seg_max: u32::from(SEG_MAX.min(self.options.max_queue_size.saturating_sub(2).max(1))),
+            seg_max: u32::from(SEG_MAX.min(self.max_queue_size.saturating_sub(2).max(1))),
             blk_size: self.image.logical_block(),
             physical_block: self.image.physical_block(),
+            topology: self.image.topology(),
             writeback: self.writeback,
-            num_queues: self.options.num_queues,
+            num_queues: self.num_queues,
+            deallocates: !self.image.is_read_only(),
         }
     }
 
@@ -108,12 +120,16 @@ fn spawn_queue(
     image: &Arc<Image>,
     disk: &Arc<Disk>,
     size: u16,
+    cpus: Option<CpuList>,
 ) -> Result<QueueThread, BlockError> {
     let (image, disk) = (image.clone(), disk.clone());
     QueueThread::spawn(
         format!("queue{index}"),
-        move || Engine::new(image, size).map_err(BlockError::from),
-        move |engine, inbox| queue::serve(engine, &inbox, &disk),
+        move || {
+            cpus.map_or(Ok(()), |cpus| cpus::pin(&cpus, index))?;
+            Engine::new(image, size).map_err(BlockError::from)
+        },
+        move |engine, inbox| queue::serve(index, engine, &inbox, &disk),
     )
 }
 
@@ -124,22 +140,30 @@ impl Device for Block {
 
     fn features(&self) -> u64 {
         let always = feature::SIZE_MAX | feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY;
-        let mq = if self.options.num_queues > 1 { feature::MQ } else { 0 };
-        let writes =
-            if self.image.is_read_only() { feature::RO } else { feature::FLUSH | feature::CONFIG_WCE };
+        let mq = if self.num_queues > 1 { feature::MQ } else { 0 };
+        let writes = if self.image.is_read_only() {
+            feature::RO
+        } else {
+            feature::FLUSH | feature::CONFIG_WCE | feature::DISCARD | feature::WRITE_ZEROES
+        };
         always | mq | writes
     }
 
     fn num_queues(&self) -> u16 {
-        self.options.num_queues
+        self.num_queues
     }
 
     fn max_queue_size(&self) -> u16 {
-        self.options.max_queue_size
+        self.max_queue_size
     }
 
     fn ack_features(&mut self, features: u64) {
-        self.acked_features = features;
+        // The same features again are a frontend that came back: what its guest has switched stays.
+        let changed = std::mem::replace(&mut self.acked_features, features) != features;
+        if changed && features & (feature::FLUSH | feature::CONFIG_WCE) == feature::CONFIG_WCE {
+            // A guest that knows the switch but cannot flush finds the cache off (virtio 1.2, 5.2.5.2).
+            self.writeback = false;
+        }
         self.apply_write_cache();
     }
 
@@ -172,6 +196,14 @@ impl Device for Block {
 
     fn stop_queue(&mut self, index: QueueIndex) -> Option<Vring> {
         self.queue(index)?.stop()
+    }
+
+    fn reload(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        let changed = self.image.reload();
+        self.disk.resize(self.image.len());
+        // What waits for room on the disk may have some by now.
+        self.disk.nudge_all();
+        Ok(changed?)
     }
 
     fn reset(&mut self) {

@@ -1,14 +1,128 @@
 //! What every queue's thread knows of the disk it serves.
 
-use std::sync::atomic::AtomicBool;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use cleave_storage::Image;
+use rustix::event::{EventfdFlags, eventfd};
+use tracing::warn;
 
 use crate::request::Limits;
+use crate::throttle::{Direction, Throttle, Turn};
+
+/// What to do with a write that finds no room on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnFull {
+    /// The guest is told that it failed.
+    Error,
+    /// It waits until there is room.
+    Pause,
+}
 
 /// What the device and its queues' threads share.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    pub(crate) limits: Limits,
+    /// Bytes.
+    len: AtomicU64,
+    logical_block: u32,
+    read_only: bool,
     /// A write completes only when it is on the disk: the guest has switched the write cache off, or cannot flush it.
     pub(crate) durable: AtomicBool,
     pub(crate) serial: String,
+    pub(crate) on_full: OnFull,
+    /// How long a queue's thread may look for work before it sleeps.
+    pub(crate) poll: Duration,
+    /// Requests that wait for room.
+    waiting_for_room: AtomicUsize,
+    throttle: Option<(Instant, Mutex<Throttle>)>,
+    /// By queue: its thread is to look after its requests that wait.
+    nudges: Vec<OwnedFd>,
+}
+
+impl Disk {
+    pub(crate) fn new(
+        image: &Image,
+        num_queues: u16,
+        serial: String,
+        on_full: OnFull,
+        poll: Duration,
+        throttle: Option<Throttle>,
+    ) -> io::Result<Self> {
+        let nudge = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Self {
+            len: image.len().into(),
+            logical_block: image.logical_block(),
+            read_only: image.is_read_only(),
+            durable: AtomicBool::new(true),
+            serial,
+            on_full,
+            poll,
+            waiting_for_room: AtomicUsize::new(0),
+            throttle: throttle.map(|throttle| (Instant::now(), Mutex::new(throttle))),
+            nudges: (0..num_queues).map(nudge).collect::<Result<_, _>>()?,
+        })
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        let len = self.len.load(Ordering::Relaxed);
+        Limits { len, logical_block: self.logical_block, read_only: self.read_only }
+    }
+
+    /// From now on the disk has so many bytes.
+    pub(crate) fn resize(&self, len: u64) {
+        self.len.store(len, Ordering::Relaxed);
+    }
+
+    /// Readable when [`Disk::nudge`] was called for `queue`.
+    pub(crate) fn nudge_fd(&self, queue: u16) -> BorrowedFd<'_> {
+        self.nudges[usize::from(queue)].as_fd()
+    }
+
+    pub(crate) fn nudge(&self, queue: u16) {
+        // A counter that is full is readable all the same.
+        let _ = rustix::io::write(&self.nudges[usize::from(queue)], &1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn nudge_all(&self) {
+        (0..self.nudges.len() as u16).for_each(|queue| self.nudge(queue));
+    }
+
+    pub(crate) fn is_throttled(&self) -> bool {
+        self.throttle.is_some()
+    }
+
+    /// Whether a request may go, by the disk's rate limits. The queue whose turn is next is told.
+    pub(crate) fn ask(&self, queue: u16, direction: Direction, bytes: u64) -> Turn {
+        let Some((start, throttle)) = &self.throttle else { return Turn::Go { next: None } };
+        let now = start.elapsed();
+        let turn = throttle.lock().unwrap_or_else(PoisonError::into_inner).ask(now, queue, direction, bytes);
+        if let Turn::Go { next: Some(next) } = turn {
+            self.nudge(next);
+        }
+        turn
+    }
+
+    /// Nothing of `queue` waits for the rate limits any more.
+    pub(crate) fn leave_line(&self, queue: u16, direction: Direction) {
+        let Some((_, throttle)) = &self.throttle else { return };
+        let next = throttle.lock().unwrap_or_else(PoisonError::into_inner).leave(queue, direction);
+        next.into_iter().for_each(|next| self.nudge(next));
+    }
+
+    /// A request begins to wait for room, for the reason `error`.
+    pub(crate) fn begin_waiting_for_room(&self, error: &io::Error) {
+        if self.waiting_for_room.fetch_add(1, Ordering::Relaxed) == 0 {
+            warn!("the disk is full: writes wait until there is room ({error})");
+        }
+    }
+
+    /// It waits no more.
+    pub(crate) fn end_waiting_for_room(&self) {
+        if self.waiting_for_room.fetch_sub(1, Ordering::Relaxed) == 1 {
+            warn!("the disk has room again: no write waits any more");
+        }
+    }
 }

@@ -1,21 +1,30 @@
 //! cleave-block: a virtio-blk device (virtio 1.2, 5.2) as a vhost-user daemon.
 
 mod config_space;
+mod cpus;
 mod device;
 mod disk;
+mod polling;
 mod queue;
 mod request;
+mod throttle;
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
+use cleave_common::options;
+use cleave_common::throttle::ThrottleConfig;
 use cleave_runtime::{CommonArgs, Termination, capabilities_json};
-use cleave_storage::{CacheMode, Image, ImageOptions};
+use cleave_storage::{CacheMode, Image, ImageFormat, ImageOptions};
 
 use device::{Block, BlockError, BlockOptions};
+use disk::OnFull;
+use throttle::Throttle;
 
 /// Serve a disk image or a block device to a virtual machine, as virtio-blk over vhost-user
 #[derive(Debug, Parser)]
@@ -24,7 +33,7 @@ struct Args {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// The disk: a raw image file or a block device
+    /// The disk: an image file or a block device
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     blk_file: Option<PathBuf>,
 
@@ -51,6 +60,27 @@ struct Args {
     /// What the guest reads as the disk's serial number: up to 20 bytes of ASCII
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
     serial: String,
+
+    /// What to do with a write that finds no room on the host's disk
+    #[arg(long, value_enum, default_value_t = WhenFull::Error)]
+    on_full: WhenFull,
+
+    /// Let a queue's thread look for work this many microseconds before it sleeps, while that pays: quicker answers for
+    /// CPU time
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    poll_us: u32,
+
+    /// Run the queues' threads on these CPUs, in turn: 2,3 or 0-3
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<CpuList>,
+
+    /// Limit the disk's rates: iops-total=N,bps-write=SIZE,... as in QEMU's throttling
+    ///
+    /// A rate is iops- (requests a second) or bps- (bytes a second) and total, read or write. With -max behind it, it is
+    /// the rate of a burst, which lasts -max-length seconds at most (1 unless given). iops-size=SIZE: a larger request
+    /// counts as several. Flushes are not limited.
+    #[arg(long, value_name = "KEYS", value_parser = throttle_config)]
+    throttle: Option<ThrottleConfig>,
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 2 command line or disk wrong; \
@@ -58,7 +88,19 @@ const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd we
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
+    /// The bytes of the file, or of the block device, are those of the disk
     Raw,
+    /// An image of QEMU's, with the backing files it names: these are only read
+    Qcow2,
+}
+
+impl From<Format> for ImageFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -69,6 +111,23 @@ enum Cache {
     Writeback,
     /// On the disk; reads use the host's page cache
     Writethrough,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum WhenFull {
+    /// Tell the guest that the write failed
+    Error,
+    /// Keep it until there is room: tried again every second, and at SIGHUP
+    Pause,
+}
+
+impl From<WhenFull> for OnFull {
+    fn from(when: WhenFull) -> Self {
+        match when {
+            WhenFull::Error => Self::Error,
+            WhenFull::Pause => Self::Pause,
+        }
+    }
 }
 
 impl From<Cache> for CacheMode {
@@ -96,6 +155,12 @@ fn serial(text: &str) -> Result<String, String> {
     }
 }
 
+fn throttle_config(text: &str) -> Result<ThrottleConfig, String> {
+    let config: ThrottleConfig = options::parse(text, None).map_err(|error| error.to_string())?;
+    config.validate().map_err(|error| error.to_string())?;
+    Ok(config)
+}
+
 fn main() -> std::process::ExitCode {
     let args = Args::parse();
     logging::init();
@@ -115,12 +180,18 @@ fn run(args: Args) -> Result<(), Failure> {
     };
     let socket = args.common.claim_socket()?;
     let termination = Termination::new().map_err(Failure::host)?;
-    let Format::Raw = args.format;
-    let options = ImageOptions { path, read_only: args.read_only, cache: args.cache.into() };
+    let (format, cache) = (args.format.into(), args.cache.into());
+    let options = ImageOptions { path, format, read_only: args.read_only, cache };
     let image = Image::open(&options).map_err(BlockError::from)?;
-    let mut block = Block::new(
-        image,
-        BlockOptions { num_queues: args.num_queues, max_queue_size: args.queue_size, serial: args.serial },
-    )?;
+    let options = BlockOptions {
+        num_queues: args.num_queues,
+        max_queue_size: args.queue_size,
+        serial: args.serial,
+        on_full: args.on_full.into(),
+        poll: Duration::from_micros(args.poll_us.into()),
+        throttle: args.throttle.as_ref().and_then(Throttle::new),
+        cpus: args.cpus,
+    };
+    let mut block = Block::new(image, options)?;
     cleave_runtime::run(&mut block, socket.open()?, &termination)
 }

@@ -3,6 +3,8 @@
 //! A request is a 16-byte header and data to write, then data to read and one status byte. How these are cut into
 //! buffers is the driver's business (virtio 1.2, 2.7.4), so nothing here assumes a buffer for each.
 
+pub(crate) mod segments;
+
 use cleave_runtime::{Chain, GuestMemory, Segment};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -19,6 +21,8 @@ mod kind {
     pub(super) const OUT: u32 = 1;
     pub(super) const FLUSH: u32 = 4;
     pub(super) const GET_ID: u32 = 8;
+    pub(super) const DISCARD: u32 = 11;
+    pub(super) const WRITE_ZEROES: u32 = 13;
 }
 
 /// The last byte of a request, as the driver reads it.
@@ -42,6 +46,9 @@ pub(crate) enum Work {
     },
     Flush,
     GetId,
+    /// Of the ranges that the data names: [`segments::read`].
+    Discard,
+    WriteZeroes,
 }
 
 /// A chain that has room for a status.
@@ -88,11 +95,14 @@ impl Request {
         let out_len = total(chain.readable()) - HEADER_LEN as u32;
         let in_len = total(chain.writable()) - 1;
         let (data_len, work) = match kind {
-            kind::IN => (in_len, limits.check(sector, in_len).map(|offset| Work::Read { offset })),
+            kind::IN => (in_len, limits.check(sector, in_len.into()).map(|offset| Work::Read { offset })),
             kind::OUT if limits.read_only => (out_len, Err(Status::IoErr)),
-            kind::OUT => (out_len, limits.check(sector, out_len).map(|offset| Work::Write { offset })),
+            kind::OUT => (out_len, limits.check(sector, out_len.into()).map(|offset| Work::Write { offset })),
             kind::FLUSH => (0, Ok(Work::Flush)),
             kind::GET_ID => (in_len, Ok(Work::GetId)),
+            // Not offered on media that cannot be written.
+            kind::DISCARD if !limits.read_only => (out_len, Ok(Work::Discard)),
+            kind::WRITE_ZEROES if !limits.read_only => (out_len, Ok(Work::WriteZeroes)),
             _ => (0, Err(Status::Unsupported)),
         };
         Ok(Self { status, data_len, work })
@@ -101,7 +111,9 @@ impl Request {
     /// The buffers of the data, in order: what remains of the chain without its header or status.
     pub(crate) fn data(chain: &Chain, work: Work) -> impl Iterator<Item = Segment> {
         let (segments, mut skip, mut left) = match work {
-            Work::Write { .. } => (chain.readable(), HEADER_LEN as u32, u32::MAX),
+            Work::Write { .. } | Work::Discard | Work::WriteZeroes => {
+                (chain.readable(), HEADER_LEN as u32, u32::MAX)
+            }
             Work::Read { .. } | Work::GetId => (chain.writable(), 0, total(chain.writable()) - 1),
             Work::Flush => (&[][..], 0, 0),
         };
@@ -119,11 +131,11 @@ impl Request {
 
 impl Limits {
     /// The byte offset of `sector`, if `len` bytes from there are whole blocks of the disk.
-    fn check(&self, sector: u64, len: u32) -> Result<u64, Status> {
+    fn check(&self, sector: u64, len: u64) -> Result<u64, Status> {
         let unit = u64::from(self.logical_block);
         let offset = sector.checked_mul(SECTOR).ok_or(Status::IoErr)?;
-        let end = offset.checked_add(u64::from(len)).ok_or(Status::IoErr)?;
-        if end > self.len || !offset.is_multiple_of(unit) || !u64::from(len).is_multiple_of(unit) {
+        let end = offset.checked_add(len).ok_or(Status::IoErr)?;
+        if end > self.len || !offset.is_multiple_of(unit) || !len.is_multiple_of(unit) {
             return Err(Status::IoErr);
         }
         Ok(offset)

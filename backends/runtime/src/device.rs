@@ -49,6 +49,14 @@ pub trait Device {
     /// Fetches no more requests, completes those that it has, and gives the vring back. `None` if the queue is not running.
     fn stop_queue(&mut self, index: QueueIndex) -> Option<Vring>;
 
+    /// Looks again at what the device is made of, on SIGHUP; queues may be running. `true`: config space has changed.
+    ///
+    /// # Errors
+    /// What is found cannot be used; nothing has changed then.
+    fn reload(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        Ok(false)
+    }
+
     /// Back to the state before the first session. All queues are stopped.
     fn reset(&mut self);
 }

@@ -72,6 +72,11 @@ impl Vring {
         self.started = true;
     }
 
+    /// Whether requests that are not given back when the ring stops are known to whoever serves it next.
+    pub fn keeps_inflight(&self) -> bool {
+        false
+    }
+
     /// Fetches the next available chain's head, if there is one; read what it leads to with [`Vring::read_chain`].
     /// Each head fetched is to be given to [`Vring::push_used`] once.
     ///

@@ -1,31 +1,38 @@
 //! Asynchronous I/O on one image from one thread, over io_uring.
 //!
 //! ```text
-//!   a slot:   free --submit--> in flight --short transfer: the rest again--> in flight --all moved, or an error--> free
+//!   a slot:   free --begin--> parked --submit--> in flight --short transfer: the rest again--> in flight
+//!              ^                ^                    |   `--all done, or an error--> free
+//!              `----abandon-----+----no room for it--'
 //! ```
 //!
 //! Invariants: one slot a request, named by its caller's tag; a slot's buffers are not touched by anybody else until its
-//! event is out; [`Engine::wait`] is the only place where the thread waits, for I/O and for watched descriptors alike.
+//! event is out or it is abandoned; [`Engine::wait`] is the only place where the thread waits, for I/O and for watched
+//! descriptors alike.
 #![expect(unsafe_code, reason = "the kernel is handed pointers into guest memory")]
 
+mod mapped;
+mod range;
+mod ring;
 mod transfer;
+mod watch;
 
-use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
-
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use std::time::Duration;
 
 use crate::image::{CacheMode, Image};
+use crate::qcow2::Mapped;
+use mapped::Mapping;
+pub use range::{Range, RangeOp};
+use range::{Support, Zeroes};
+use ring::Ring;
 pub use transfer::Transfer;
 use transfer::{Progress, Slot};
-
-/// The image among the ring's registered files.
-const IMAGE: types::Fixed = types::Fixed(0);
-
-/// Most submissions that gather before the kernel is told.
-const MAX_SQ: u32 = 128;
+pub use watch::WatchId;
+use watch::Watches;
 
 /// Bytes of aligned memory, for transfers whose own is not, past which no more requests are wanted.
 const MAX_BOUNCED: usize = 4 << 20;
@@ -41,15 +48,14 @@ pub enum EngineError {
     Io(#[from] io::Error),
 }
 
-/// A descriptor being watched for input.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WatchId(u32);
-
 /// What [`Engine::next_event`] reports.
 #[derive(Debug)]
 pub enum Event {
-    /// The transfer or flush of `tag` is over; its buffers are the caller's again.
+    /// The request of `tag` is over; its buffers are the caller's again.
     Done { tag: u16, result: io::Result<()> },
+    /// There is no room on the disk for the request of `tag`, or for the rest of it: it is parked. Only after
+    /// [`Engine::park_when_full`].
+    Full { tag: u16, error: io::Error },
     /// A watched descriptor has input, or had it meanwhile.
     Readable(WatchId),
     /// A watched descriptor is watched no more: it failed, or hung up.
@@ -58,23 +64,21 @@ pub enum Event {
 
 /// One thread's I/O on one image.
 pub struct Engine {
-    ring: IoUring,
-    /// What the full submission queue had no room for, in order.
-    backlog: VecDeque<squeue::Entry>,
+    ring: Ring,
+    /// On an image whose bytes are where its tables say. It goes before the image does.
+    mapping: Option<Mapping>,
     image: Arc<Image>,
     /// By tag, as far as any was used: most queues are much shorter than they may be.
     slots: Vec<Slot>,
     depth: u16,
+    /// Not those that are parked.
     in_flight: usize,
-    /// Bytes of aligned memory that requests in flight hold.
+    /// Bytes of aligned memory that requests hold.
     bounced: usize,
-    watches: Vec<Watch>,
-    next_watch: u32,
-}
-
-struct Watch {
-    id: WatchId,
-    fd: i32,
+    park_when_full: bool,
+    support: Support,
+    zeroes: Zeroes,
+    watches: Watches,
 }
 
 /// `user_data`: a request's tag, a watch, or something whose completion nobody waits for.
@@ -108,39 +112,50 @@ impl Token {
 impl Engine {
     /// Sets up I/O on `image` with up to `depth` requests at once. Call it on the thread that will use it.
     pub fn new(image: Arc<Image>, depth: u16) -> Result<Self, EngineError> {
-        let ring = build_ring(u32::from(depth)).map_err(|error| match error.raw_os_error() {
+        let ring = Ring::new(depth, image.files()).map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM | libc::ENOSYS) => EngineError::Disabled,
             _ => EngineError::Io(error),
         })?;
-        ring.submitter().register_files(&[image.file().as_raw_fd()])?;
-        let slots = Vec::new();
-        let backlog = VecDeque::new();
-        Ok(Self {
+        let is_device = image.file().metadata()?.file_type().is_block_device();
+        let port = image.mapped().map(Mapped::port).transpose()?;
+        let mut engine = Self {
             ring,
-            backlog,
+            mapping: None,
             image,
-            slots,
+            slots: Vec::new(),
             depth,
             in_flight: 0,
             bounced: 0,
-            watches: Vec::new(),
-            next_watch: 0,
-        })
+            park_when_full: false,
+            support: Support::new(is_device),
+            zeroes: Zeroes::default(),
+            watches: Watches::default(),
+        };
+        engine.mapping = port.map(|port| {
+            let watch = engine.watch(port.event_fd());
+            Mapping::new(port, watch)
+        });
+        Ok(engine)
     }
 
-    /// Requests whose event is not out yet.
+    /// Requests that have been submitted and whose event is not out yet.
     pub fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Whether another request is welcome. If not, some are in flight: wait for an event first.
+    /// Whether another request is welcome. If not, some are in flight or parked: wait for an event first.
     pub fn has_room(&self) -> bool {
         self.bounced < MAX_BOUNCED
     }
 
-    /// Whether the request of `tag` is in flight. Tags at or past the depth never are.
+    /// Whether the request of `tag` is in flight or parked. Tags at or past the depth never are.
     pub fn is_busy(&self, tag: u16) -> bool {
         self.slots.get(usize::from(tag)).is_some_and(Slot::is_busy)
+    }
+
+    /// From now on a request that finds the disk full is parked instead of failing, if `park`.
+    pub fn park_when_full(&mut self, park: bool) {
+        self.park_when_full = park;
     }
 
     /// Starts moving bytes between the image at `transfer.offset` and `buffers`.
@@ -156,12 +171,28 @@ impl Engine {
         transfer: Transfer,
         buffers: impl IntoIterator<Item = libc::iovec>,
     ) {
+        // SAFETY: by our caller's promise.
+        unsafe { self.park_transfer(tag, transfer, buffers) };
+        self.submit(tag);
+    }
+
+    /// As [`Engine::transfer`], but parked: nothing happens before [`Engine::submit`].
+    ///
+    /// # Panics
+    /// As [`Engine::transfer`].
+    ///
+    /// # Safety
+    /// The memory of `buffers` stays mapped until the event of `tag`, or until it is abandoned.
+    pub unsafe fn park_transfer(
+        &mut self,
+        tag: u16,
+        transfer: Transfer,
+        buffers: impl IntoIterator<Item = libc::iovec>,
+    ) {
         let align = self.alignment();
         let slot = self.free_slot(tag);
         slot.begin(transfer, buffers, align);
         self.bounced += slot.bounced();
-        self.in_flight += 1;
-        self.submit_slot(tag);
     }
 
     /// Makes all writes whose event is out durable.
@@ -170,48 +201,58 @@ impl Engine {
     /// As [`Engine::transfer`].
     pub fn flush(&mut self, tag: u16) {
         self.free_slot(tag).begin_flush();
+        self.submit(tag);
+    }
+
+    /// Prepares `op` on all `ranges`, parked. One that ends early, with an error, may have been done to some.
+    ///
+    /// # Panics
+    /// As [`Engine::transfer`].
+    pub fn park_ranges(&mut self, tag: u16, op: RangeOp, ranges: Vec<Range>) {
+        self.free_slot(tag).begin_ranges(op, ranges);
+    }
+
+    /// Starts the parked request of `tag`, or goes on with it.
+    ///
+    /// # Panics
+    /// When it is not parked.
+    pub fn submit(&mut self, tag: u16) {
+        self.parked_slot(tag).set_parked(false);
         self.in_flight += 1;
         self.submit_slot(tag);
+    }
+
+    /// Forgets the parked request of `tag`; it has no event.
+    ///
+    /// # Panics
+    /// As [`Engine::submit`].
+    pub fn abandon(&mut self, tag: u16) {
+        let slot = self.parked_slot(tag);
+        let bounced = slot.bounced();
+        slot.free();
+        self.bounced -= bounced;
     }
 
     /// Reports whenever `fd` has input, from now until [`Engine::unwatch`]. Reports are edges: input that is already
     /// known of is not reported again.
     pub fn watch(&mut self, fd: BorrowedFd<'_>) -> WatchId {
-        let id = WatchId(self.next_watch);
-        self.next_watch = self.next_watch.wrapping_add(1);
-        self.watches.push(Watch { id, fd: fd.as_raw_fd() });
-        self.arm(id, fd.as_raw_fd());
-        id
+        self.watches.add(&mut self.ring, fd)
     }
 
     /// No event of `id` comes out after this, and nothing refers to the descriptor's file. Call it before the descriptor is
     /// closed.
     pub fn unwatch(&mut self, id: WatchId) {
-        self.watches.retain(|watch| watch.id != id);
-        let cancel =
-            opcode::PollRemove::new(Token::Watch(id).encode()).build().user_data(Token::Ignore.encode());
-        self.push(cancel);
-        // Now: the thread may sleep elsewhere next. What the ring has against it, the next wait reports.
-        let _ = self.poll();
-    }
-
-    fn arm(&mut self, id: WatchId, fd: i32) {
-        let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
-        self.push(poll.user_data(Token::Watch(id).encode()));
+        self.watches.remove(&mut self.ring, id);
     }
 
     /// Submits what has gathered and lets events come that are ready, without waiting.
     pub fn poll(&mut self) -> io::Result<()> {
-        const GETEVENTS: u32 = 1;
-        if !self.submit_backlog()? {
-            return Ok(());
-        }
-        let pending = self.ring.submission().len() as u32;
-        // SAFETY: no argument is passed, and the entries are valid by `push`.
-        match unsafe { self.ring.submitter().enter::<libc::sigset_t>(pending, 0, GETEVENTS, None) } {
-            Err(error) if !is_passing(&error) => Err(error),
-            _ => Ok(()),
-        }
+        self.ring.poll()
+    }
+
+    /// Whether [`Engine::poll`] would do anything: cheap enough to ask all the time.
+    pub fn has_news(&mut self) -> bool {
+        self.has_finished() || self.ring.has_news()
     }
 
     /// Submits what has gathered and waits for at least one event.
@@ -219,26 +260,33 @@ impl Engine {
     /// # Errors
     /// The ring is broken; nothing can be waited for any more.
     pub fn wait(&mut self) -> io::Result<()> {
-        if !self.submit_backlog()? {
-            return Ok(());
-        }
-        loop {
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_passing(&error) => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
+        if self.has_finished() { self.poll() } else { self.ring.wait(None) }
+    }
+
+    /// As [`Engine::wait`], but at most for `timeout`.
+    ///
+    /// # Errors
+    /// As [`Engine::wait`].
+    pub fn wait_for(&mut self, timeout: Duration) -> io::Result<()> {
+        if self.has_finished() { self.poll() } else { self.ring.wait(Some(timeout)) }
     }
 
     /// The next event that has come, without waiting.
     pub fn next_event(&mut self) -> Option<Event> {
         loop {
-            let entry = self.ring.completion().next()?;
+            if let Some((tag, bounced, progress)) = self.mapping.as_mut().and_then(Mapping::next_finished) {
+                return self.settle(tag, bounced, progress);
+            }
+            let entry = self.ring.next_completion()?;
             let event = match Token::decode(entry.user_data()) {
                 Token::Slot(tag) => self.completed(tag, entry.result()),
-                Token::Watch(id) => self.watched(id, &entry),
+                Token::Watch(id) => match self.watches.event(&mut self.ring, id, &entry) {
+                    Some(Event::Readable(id)) if self.is_port(id) => {
+                        self.take_news();
+                        None
+                    }
+                    event => event,
+                },
                 Token::Ignore => None,
             };
             if event.is_some() {
@@ -248,33 +296,41 @@ impl Engine {
     }
 
     fn completed(&mut self, tag: u16, result: i32) -> Option<Event> {
+        if self.mapping.is_some() {
+            self.completed_mapped(tag, result);
+            return None;
+        }
         let slot = &mut self.slots[usize::from(tag)];
         let bounced = slot.bounced();
-        match slot.advance(result) {
+        let progress = slot.advance(result, &mut self.support);
+        self.settle(tag, bounced, progress)
+    }
+
+    /// `bounced`: bytes of aligned memory that the request held.
+    fn settle(&mut self, tag: u16, bounced: usize, progress: Progress) -> Option<Event> {
+        let slot = &mut self.slots[usize::from(tag)];
+        match progress {
             Progress::More => {
                 self.submit_slot(tag);
                 None
             }
-            Progress::Done(result) => {
+            Progress::Full(error) if self.park_when_full => {
+                slot.set_parked(true);
                 self.in_flight -= 1;
-                self.bounced -= bounced;
-                Some(Event::Done { tag, result })
+                Some(Event::Full { tag, error })
             }
+            Progress::Full(error) => {
+                slot.free();
+                Some(self.done(tag, bounced, Err(error)))
+            }
+            Progress::Done(result) => Some(self.done(tag, bounced, result)),
         }
     }
 
-    fn watched(&mut self, id: WatchId, entry: &cqueue::Entry) -> Option<Event> {
-        let fd = self.watches.iter().find(|watch| watch.id == id)?.fd;
-        let result = entry.result();
-        let readable = result > 0 && result & i32::from(libc::POLLIN) != 0;
-        if !readable {
-            self.unwatch(id);
-            return Some(Event::WatchLost(id));
-        }
-        if !cqueue::more(entry.flags()) {
-            self.arm(id, fd);
-        }
-        Some(Event::Readable(id))
+    fn done(&mut self, tag: u16, bounced: usize, result: io::Result<()>) -> Event {
+        self.in_flight -= 1;
+        self.bounced -= bounced;
+        Event::Done { tag, result }
     }
 
     fn free_slot(&mut self, tag: u16) -> &mut Slot {
@@ -288,45 +344,20 @@ impl Engine {
         slot
     }
 
+    fn parked_slot(&mut self, tag: u16) -> &mut Slot {
+        let slot = self.slots.get_mut(usize::from(tag)).filter(|slot| slot.is_parked());
+        slot.unwrap_or_else(|| panic!("request {tag} is not parked"))
+    }
+
     fn submit_slot(&mut self, tag: u16) {
-        let entry = self.slots[usize::from(tag)].entry().user_data(Token::Slot(tag).encode());
-        self.push(entry);
-    }
-
-    /// Lines `entry` up for the kernel, without waiting: what keeps it from taking entries is reported by the next wait.
-    fn push(&mut self, entry: squeue::Entry) {
-        self.backlog.push_back(entry);
-        self.fill_queue();
-        if !self.backlog.is_empty() && self.ring.submit().is_ok() {
-            self.fill_queue();
+        if self.mapping.is_some() {
+            return self.submit_mapped(tag);
         }
-    }
-
-    /// Moves the backlog to the submission queue, as far as it has room.
-    fn fill_queue(&mut self) {
-        let mut queue = self.ring.submission();
-        while let Some(entry) = self.backlog.front() {
-            // SAFETY: what an entry points to lives until its completion: buffers by the promise of `transfer`, iovecs
-            // and aligned memory in their slot, which is not reused before.
-            if unsafe { queue.push(entry) }.is_err() {
-                return;
-            }
-            self.backlog.pop_front();
-        }
-    }
-
-    /// `false`: the kernel takes nothing before the completions that have come are taken out.
-    fn submit_backlog(&mut self) -> io::Result<bool> {
-        self.fill_queue();
-        while !self.backlog.is_empty() {
-            match self.ring.submit() {
-                Ok(_) => self.fill_queue(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_passing(&error) => return Ok(false),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(true)
+        let slot = &mut self.slots[usize::from(tag)];
+        let entry = slot.entry(&self.support, &mut self.zeroes).user_data(Token::Slot(tag).encode());
+        // SAFETY: what the entry points to lives until its completion: buffers by the promise of `transfer`, iovecs and
+        // aligned memory in their slot, which is not reused before; zeroes as long as the engine.
+        unsafe { self.ring.push(entry) };
     }
 
     /// What buffers must be aligned to: address, length.
@@ -338,38 +369,12 @@ impl Engine {
     }
 }
 
-/// A signal came, the completion queue overflowed, or the kernel is short of memory: completions first.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN))
-}
-
 /// The kernel may still write to the slots' memory: it does not outlive the engine unfinished.
 impl Drop for Engine {
     fn drop(&mut self) {
         while self.in_flight > 0 && self.wait().is_ok() {
             while self.next_event().is_some() {}
         }
-    }
-}
-
-/// Completions are delivered to this thread only, when it asks: no interrupts of its work. Kernels before 6.1 do not
-/// know some of it.
-fn build_ring(depth: u32) -> io::Result<IoUring> {
-    let entries = depth.clamp(16, MAX_SQ);
-    // Every request, and the watches, may complete at once.
-    let completions = (depth + 16).next_power_of_two();
-    let best = IoUring::builder()
-        .setup_cqsize(completions)
-        .setup_single_issuer()
-        .setup_coop_taskrun()
-        .setup_defer_taskrun()
-        .dontfork()
-        .build(entries);
-    match best {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            IoUring::builder().setup_cqsize(completions).dontfork().build(entries)
-        }
-        other => other,
     }
 }
 

@@ -1,13 +1,18 @@
-//! A disk image as the host keeps it: a raw file or a block device.
+//! A disk image as the host keeps it: a raw file, a block device, or a chain of qcow2 files on either.
+
+mod topology;
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
 
 use crate::lock::{self, LockError};
+use crate::qcow2::{self, HeaderError, Mapped};
+pub use topology::Topology;
 
 /// Bytes in a sector, the unit of every disk interface here.
 pub const SECTOR: u64 = 512;
@@ -23,10 +28,21 @@ pub enum CacheMode {
     Writethrough,
 }
 
+/// What the bytes of an image's file mean.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// The disk's own.
+    #[default]
+    Raw,
+    /// Tables that map the disk's clusters to the file's, or to a backing file's.
+    Qcow2,
+}
+
 /// How to open an image.
 #[derive(Debug, Clone)]
 pub struct ImageOptions {
     pub path: PathBuf,
+    pub format: ImageFormat,
     pub read_only: bool,
     pub cache: CacheMode,
 }
@@ -42,12 +58,34 @@ pub enum ImageError {
     Empty(PathBuf),
     #[error("disk {} has {len} bytes, which is not a multiple of {unit}: its last sector would be cut off; extend it to {} bytes with 'truncate'", path.display(), len.next_multiple_of(*unit))]
     Size { path: PathBuf, len: u64, unit: u64 },
+    #[error("disk {} has {len} bytes, which is not a multiple of {unit}: resize it to {} bytes with 'qemu-img resize'", path.display(), len.next_multiple_of(*unit))]
+    VirtualSize { path: PathBuf, len: u64, unit: u64 },
     #[error("disk {} is on a file system without O_DIRECT: use --cache writeback", .0.display())]
     NoDirect(PathBuf),
     #[error("disk {} is in use", path.display())]
     Locked { path: PathBuf, source: LockError },
     #[error("cannot lock disk {}", path.display())]
     Lock { path: PathBuf, source: io::Error },
+    #[error("disk {} {why}", path.display())]
+    Header { path: PathBuf, why: HeaderError },
+    #[error("disk {} cannot be used as qcow2; 'qemu-img check' may say more", path.display())]
+    Format { path: PathBuf, source: io::Error },
+    #[error("disk {} has clusters of {cluster} bytes, which are too small for --cache none on this file system: use --cache writeback", path.display())]
+    Clusters { path: PathBuf, cluster: u64 },
+    #[error("disk {} is qcow2, whose size does not change while it is in use: end the daemon, and use 'qemu-img resize'", .0.display())]
+    Reload(PathBuf),
+    #[error("the backing file of {} cannot be used", image.display())]
+    Backing { image: PathBuf, source: Box<ImageError> },
+    #[error("disk {} has the backing file '{name}', which is no plain path: give it one with 'qemu-img rebase -u -b PATH -F FORMAT'", image.display())]
+    BackingName { image: PathBuf, name: String },
+    #[error("disk {} does not say what format its backing file '{name}' has, and guessing is not safe: name it with 'qemu-img rebase -u -b {name} -F raw' (or -F qcow2)", image.display())]
+    BackingFormat { image: PathBuf, name: String },
+    #[error("disk {} has the backing file '{name}' of the format '{format}': only raw and qcow2 are possible", image.display())]
+    BackingFormatUnknown { image: PathBuf, name: String, format: String },
+    #[error("disk {} has a backing file that leads back to it through {}", path.display(), image.display())]
+    BackingLoop { path: PathBuf, image: PathBuf },
+    #[error("disk {} has more than {most} backing files behind it: merge some with 'qemu-img commit' or 'qemu-img rebase'", path.display())]
+    BackingDepth { path: PathBuf, most: usize },
 }
 
 impl ImageError {
@@ -58,78 +96,64 @@ impl ImageError {
                 source.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::IsADirectory | io::ErrorKind::NotADirectory
             ),
-            Self::Kind(_) | Self::Empty(_) | Self::Size { .. } | Self::NoDirect(_) => false,
             Self::Locked { .. } | Self::Lock { .. } => true,
+            Self::Backing { source, .. } => source.is_hosts_fault(),
+            _ => false,
         }
     }
 }
 
-/// An open, locked image. The lock lasts as long as this lives.
+/// An open, locked image. The locks last as long as this lives.
 #[derive(Debug)]
 pub struct Image {
-    file: File,
+    /// Goes before the files do.
+    mapped: Option<Mapped>,
+    /// The image's own, then those of its backing files.
+    files: Vec<HostImage>,
     path: PathBuf,
-    len: u64,
+    /// It changes with [`Image::reload`] only.
+    len: AtomicU64,
     read_only: bool,
     cache: CacheMode,
-    /// Smallest unit of I/O, in bytes: what a guest is to take for the logical block size.
-    logical_block: u32,
-    physical_block: u32,
-    /// What the address of a buffer must be a multiple of; 1 where anything goes.
-    memory_align: u32,
+    geometry: Geometry,
+    topology: Topology,
 }
 
 impl Image {
-    /// Opens and locks the image: exclusively to write, shared to read.
+    /// Opens and locks the image: exclusively to write, shared to read. Backing files are only read.
     pub fn open(options: &ImageOptions) -> Result<Self, ImageError> {
-        let path = &options.path;
-        let opened = |source| ImageError::Open { path: path.clone(), source };
-        let direct = options.cache == CacheMode::None;
-        let meta = std::fs::metadata(path).map_err(opened)?;
-        if !meta.is_file() && !meta.file_type().is_block_device() {
-            return Err(ImageError::Kind(path.clone()));
-        }
-        let flags = OFlags::CLOEXEC | if direct { OFlags::DIRECT } else { OFlags::empty() };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!options.read_only)
-            .custom_flags(flags.bits() as i32)
-            .open(path)
-            .map_err(|source| match source.raw_os_error() {
-                Some(libc::EINVAL) if direct => ImageError::NoDirect(path.clone()),
-                _ => opened(source),
-            })?;
-        // A device's size is where its end is; its metadata says 0.
-        let len = seek(&file, SeekFrom::End(0)).map_err(|errno| opened(errno.into()))?;
-        lock::lock(&file, options.read_only).map_err(|source| match source {
-            LockError::Io(source) => ImageError::Lock { path: path.clone(), source },
-            held => ImageError::Locked { path: path.clone(), source: held },
-        })?;
-        let geometry = Geometry::of(&file, meta.file_type().is_block_device(), direct).map_err(opened)?;
-        let unit = u64::from(geometry.logical_block);
-        match len {
-            0 => return Err(ImageError::Empty(path.clone())),
-            len if !len.is_multiple_of(unit) => {
-                return Err(ImageError::Size { path: path.clone(), len, unit });
+        let (path, read_only, cache) = (options.path.clone(), options.read_only, options.cache);
+        let (files, mapped) = match options.format {
+            ImageFormat::Raw => (vec![HostImage::open(&path, read_only, cache)?], None),
+            ImageFormat::Qcow2 => {
+                let (files, mapped) = qcow2::open(&path, read_only, cache)?;
+                (files, Some(mapped))
             }
-            _ => {}
-        }
-        let Geometry { logical_block, physical_block, memory_align } = geometry;
-        let (read_only, cache) = (options.read_only, options.cache);
-        Ok(Self {
-            file,
-            path: path.clone(),
-            len,
-            read_only,
-            cache,
-            logical_block,
-            physical_block,
-            memory_align,
-        })
+        };
+        let geometry = files.iter().skip(1).fold(files[0].geometry, |all, file| all.with(file.geometry));
+        let len = mapped.as_ref().map_or(files[0].len, Mapped::len);
+        check_size(&path, len, geometry.logical_block, options.format)?;
+        let topology = files[0].topology;
+        Ok(Self { mapped, files, path, len: len.into(), read_only, cache, geometry, topology })
     }
 
+    /// The file that holds the disk's bytes, or the first of those that do.
     pub fn file(&self) -> &File {
-        &self.file
+        &self.files[0].file
+    }
+
+    pub fn format(&self) -> ImageFormat {
+        if self.mapped.is_some() { ImageFormat::Qcow2 } else { ImageFormat::Raw }
+    }
+
+    /// All files of the image, its own first: what a ring registers.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &File> {
+        self.files.iter().map(|file| &file.file)
+    }
+
+    /// How to find the disk's bytes in the files, unless they are the file's own.
+    pub(crate) fn mapped(&self) -> Option<&Mapped> {
+        self.mapped.as_ref()
     }
 
     pub fn path(&self) -> &Path {
@@ -139,7 +163,20 @@ impl Image {
     /// Bytes, a multiple of [`Image::logical_block`].
     #[expect(clippy::len_without_is_empty, reason = "an empty image is never opened")]
     pub fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the image's size again: whether it has changed.
+    ///
+    /// # Errors
+    /// What it is now is no size for a disk; nothing has changed then.
+    pub fn reload(&self) -> Result<bool, ImageError> {
+        if self.mapped.is_some() {
+            return Err(ImageError::Reload(self.path.clone()));
+        }
+        let len = size(self.file()).map_err(|source| ImageError::Open { path: self.path.clone(), source })?;
+        check_size(&self.path, len, self.geometry.logical_block, ImageFormat::Raw)?;
+        Ok(self.len.swap(len, Ordering::Relaxed) != len)
     }
 
     pub fn is_read_only(&self) -> bool {
@@ -150,28 +187,92 @@ impl Image {
         self.cache
     }
 
+    /// Smallest unit of I/O, in bytes: what a guest is to take for the logical block size.
     pub fn logical_block(&self) -> u32 {
-        self.logical_block
+        self.geometry.logical_block
     }
 
     /// Bytes; at least [`Image::logical_block`], and a multiple of it.
     pub fn physical_block(&self) -> u32 {
-        self.physical_block
+        self.geometry.physical_block
     }
 
+    /// What the address of a buffer must be a multiple of; 1 where anything goes.
     pub fn memory_align(&self) -> u32 {
-        self.memory_align
+        self.geometry.memory_align
+    }
+
+    pub fn topology(&self) -> Topology {
+        self.topology
     }
 }
 
-impl Drop for Image {
+/// A device's size is where its end is; its metadata says 0.
+fn size(file: &File) -> io::Result<u64> {
+    Ok(seek(file, SeekFrom::End(0))?)
+}
+
+fn check_size(path: &Path, len: u64, logical_block: u32, format: ImageFormat) -> Result<(), ImageError> {
+    let unit = u64::from(logical_block);
+    match len {
+        0 => Err(ImageError::Empty(path.to_owned())),
+        len if !len.is_multiple_of(unit) && format == ImageFormat::Qcow2 => {
+            Err(ImageError::VirtualSize { path: path.to_owned(), len, unit })
+        }
+        len if !len.is_multiple_of(unit) => Err(ImageError::Size { path: path.to_owned(), len, unit }),
+        _ => Ok(()),
+    }
+}
+
+/// One open, locked file or device.
+#[derive(Debug)]
+pub(crate) struct HostImage {
+    pub(crate) file: File,
+    /// Bytes.
+    pub(crate) len: u64,
+    pub(crate) geometry: Geometry,
+    topology: Topology,
+}
+
+impl HostImage {
+    pub(crate) fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<Self, ImageError> {
+        let opened = |source| ImageError::Open { path: path.to_owned(), source };
+        let direct = cache == CacheMode::None;
+        let meta = std::fs::metadata(path).map_err(opened)?;
+        if !meta.is_file() && !meta.file_type().is_block_device() {
+            return Err(ImageError::Kind(path.to_owned()));
+        }
+        let flags = OFlags::CLOEXEC | if direct { OFlags::DIRECT } else { OFlags::empty() };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(flags.bits() as i32)
+            .open(path)
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EINVAL) if direct => ImageError::NoDirect(path.to_owned()),
+                _ => opened(source),
+            })?;
+        let len = size(&file).map_err(opened)?;
+        lock::lock(&file, read_only).map_err(|source| match source {
+            LockError::Io(source) => ImageError::Lock { path: path.to_owned(), source },
+            held => ImageError::Locked { path: path.to_owned(), source: held },
+        })?;
+        let is_device = meta.file_type().is_block_device();
+        let geometry = Geometry::of(&file, is_device, direct).map_err(opened)?;
+        let topology = if is_device { Topology::of_device(&file) } else { Topology::default() };
+        Ok(Self { file, len, geometry, topology })
+    }
+}
+
+impl Drop for HostImage {
     fn drop(&mut self) {
         lock::unlock(&self.file);
     }
 }
 
-struct Geometry {
-    logical_block: u32,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Geometry {
+    pub(crate) logical_block: u32,
     physical_block: u32,
     memory_align: u32,
 }
@@ -196,6 +297,16 @@ impl Geometry {
         let logical = if logical.is_power_of_two() { logical.max(sector) } else { sector };
         let physical = if physical.is_power_of_two() { physical.max(logical) } else { logical };
         Ok(Self { logical_block: logical, physical_block: physical, memory_align: memory.max(1) })
+    }
+
+    /// What suits both.
+    fn with(self, other: Self) -> Self {
+        let logical_block = self.logical_block.max(other.logical_block);
+        Self {
+            logical_block,
+            physical_block: self.physical_block.max(logical_block),
+            memory_align: self.memory_align.max(other.memory_align),
+        }
     }
 }
 

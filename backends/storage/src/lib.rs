@@ -5,6 +5,8 @@ mod bounce;
 mod engine;
 mod image;
 mod lock;
+mod qcow2;
 
-pub use engine::{Engine, EngineError, Event, Transfer, WatchId};
-pub use image::{CacheMode, Image, ImageError, ImageOptions};
+pub use engine::{Engine, EngineError, Event, Range, RangeOp, Transfer, WatchId};
+pub use image::{CacheMode, Image, ImageError, ImageFormat, ImageOptions, Topology};
+pub use qcow2::HeaderError;

@@ -20,6 +20,8 @@ pub enum RequestKind {
     Out = 1,
     Flush = 4,
     GetId = 8,
+    Discard = 11,
+    WriteZeroes = 13,
     /// A type that no device knows.
     Unknown = 4242,
 }
@@ -199,6 +201,18 @@ impl BlockDriver {
         self.ram.write(self.data, &vec![0xee; len as usize])?;
         let (status, _) = self.request(RequestKind::In, sector, &[Buffer::to_write(self.data, len)])?;
         Ok((status, self.ram.read(self.data, len as usize)?))
+    }
+
+    /// DISCARD or WRITE_ZEROES of segments: sector, sectors, flags.
+    pub fn deallocate(&mut self, kind: RequestKind, segments: &[(u64, u32, u32)]) -> Result<IoStatus> {
+        let mut bytes = Vec::new();
+        for (sector, sectors, flags) in segments {
+            bytes.extend(sector.to_le_bytes());
+            bytes.extend(sectors.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+        }
+        self.ram.write(self.data, &bytes)?;
+        Ok(self.request(kind, 0, &[Buffer::to_read(self.data, bytes.len() as u32)])?.0)
     }
 
     pub fn flush(&mut self) -> Result<IoStatus> {

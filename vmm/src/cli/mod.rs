@@ -84,10 +84,14 @@ pub struct RunArgs {
     memory: Option<MemoryConfig>,
 
     /// Add a disk, served by a cleave-block that is started for it:
-    /// PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
+    /// PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
+    /// [,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]
     ///
     /// PATH is an image file or a block device. queues= is the number of vCPUs, at most 4, unless given. cache=none
-    /// bypasses the host's page cache; the default is writeback. A comma in a value is written twice.
+    /// bypasses the host's page cache; the default is writeback. on-full=pause keeps writes that find no room on the host
+    /// until there is some. poll-us= lets the daemon look for work so long before it sleeps. cpus=0-1 are host CPUs for its
+    /// queues. throttle.iops-total=, throttle.bps-write= and so on limit rates: 'cleave-block --help' lists the keys. A
+    /// comma in a value is written twice.
     #[arg(long, value_name = "PATH|KEYS", value_parser = |text: &str| options::parse::<DiskConfig>(text, Some("path")))]
     disk: Vec<DiskConfig>,
 

@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use cleave_common::cpus::CpuList;
 use cleave_common::options;
+use cleave_common::throttle::ThrottleConfig;
 use cleave_common::virtio::DeviceType;
 use serde::{Deserialize, Deserializer};
 
-/// `--disk PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`.
+/// `--disk PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`, and
+/// `[,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
@@ -25,6 +28,14 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number, at most 20 bytes.
     pub serial: Option<String>,
     pub id: Option<String>,
+    #[serde(default)]
+    pub on_full: OnFull,
+    /// How long the daemon may look for work before it sleeps, in microseconds; it does not look if absent.
+    pub poll_us: Option<u32>,
+    /// Host CPUs for the daemon's queues, in turn.
+    pub cpus: Option<CpuList>,
+    #[serde(default)]
+    pub throttle: ThrottleConfig,
 }
 
 impl DiskConfig {
@@ -37,6 +48,18 @@ impl DiskConfig {
 pub enum DiskFormat {
     #[default]
     Raw,
+    Qcow2,
+}
+
+/// What becomes of a write that finds no room on the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFull {
+    /// It fails.
+    #[default]
+    Error,
+    /// It waits.
+    Pause,
 }
 
 /// What stands between the guest's writes and the medium.

@@ -10,9 +10,10 @@ mod uart;
 
 use std::path::PathBuf;
 
+use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
-pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat};
+pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull};
 pub use memory::{Backing, MemoryConfig};
 pub use uart::UartConfig;
 
@@ -66,6 +67,8 @@ pub enum ConfigError {
     Memory(#[from] memory::MemoryConfigError),
     #[error("--disk {path}: queues={queues}: a disk has 1 to {max} queues", path = .path.display(), max = DiskConfig::MAX_QUEUES)]
     DiskQueues { path: PathBuf, queues: u16 },
+    #[error("--disk {path}: throttle: {source}", path = .path.display())]
+    DiskThrottle { path: PathBuf, source: ThrottleError },
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
     TooManyDevices(usize),
     #[error("two devices are named '{0}'; give each its own id=")]
@@ -120,6 +123,8 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         {
             return Err(ConfigError::DiskQueues { path: disk.path.clone(), queues });
         }
+        let refused = |source| ConfigError::DiskThrottle { path: disk.path.clone(), source };
+        disk.throttle.validate().map_err(refused)?;
         let shares = |other: &DiskConfig| other.path == disk.path && !(other.readonly && disk.readonly);
         if disks[at + 1..].iter().any(shares) {
             return Err(ConfigError::DuplicateDisk(disk.path.clone()));

@@ -107,6 +107,9 @@ fn devices_are_told_apart_and_fit_the_bus() {
     assert!(twice("a,readonly=on", "a,readonly=on").validate().is_ok());
     assert!(refusal(twice("a,id=x", "b,id=x")).contains("'x'"));
     assert!(refusal(twice("a", "b,queues=0")).contains("1 to 64 queues"));
+    let contradiction = disk("a,throttle.iops-read-max=5");
+    let said = refusal(Settings { disk: vec![contradiction], ..bootable() });
+    assert!(said.contains("--disk a: throttle: iops-read-max needs a rate"), "{said}");
     let many = (0..32).map(|n| disk(&format!("d{n}"))).collect();
     assert!(refusal(Settings { disk: many, ..bootable() }).contains("room for 31"));
 }

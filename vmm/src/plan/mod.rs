@@ -19,7 +19,7 @@ use std::time::Duration;
 use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
-use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig};
+use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig, OnFull};
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -147,6 +147,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
 fn block_arguments(disk: &DiskConfig, queues: u16) -> Vec<OsString> {
     let format = match disk.format {
         DiskFormat::Raw => "raw",
+        DiskFormat::Qcow2 => "qcow2",
     };
     let cache = match disk.cache {
         CacheMode::None => "none",
@@ -164,6 +165,18 @@ fn block_arguments(disk: &DiskConfig, queues: u16) -> Vec<OsString> {
     }
     if disk.readonly {
         arguments.push("--read-only".into());
+    }
+    if disk.on_full == OnFull::Pause {
+        arguments.push("--on-full=pause".into());
+    }
+    if let Some(microseconds) = disk.poll_us {
+        arguments.push(format!("--poll-us={microseconds}").into());
+    }
+    if let Some(cpus) = &disk.cpus {
+        arguments.push(format!("--cpus={cpus}").into());
+    }
+    if !disk.throttle.is_empty() {
+        arguments.push(format!("--throttle={}", disk.throttle).into());
     }
     arguments
 }

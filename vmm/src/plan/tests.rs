@@ -49,6 +49,16 @@ fn slots_are_named_and_numbered_in_order() {
     assert_eq!(slots[0].queues, Some(2), "a queue for each vCPU");
 }
 
+#[test]
+fn what_a_disk_is_asked_for_reaches_its_daemon() {
+    let disk = "a.raw,on-full=pause,poll-us=50,cpus=1,,3,throttle.iops-total=9,throttle.bps-write=1M";
+    let slots = plan(&config("1G", &[disk], &[]), 40).unwrap().slots;
+    let Backend::Spawn(DaemonSpec { args, .. }) = &slots[0].backend else { panic!("a disk is spawned") };
+    let expected = "--on-full=pause --poll-us=50 --cpus=1,3 --throttle=iops-total=9,bps-write=1048576";
+    let args = args.join(" ".as_ref()).into_string().unwrap();
+    assert!(args.ends_with(expected), "{args}");
+}
+
 proptest! {
     #[test]
     fn nothing_overlaps(pages in (16_u64 << 8)..(1 << 27), disks in 0..31_usize) {

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::*;
-use crate::image::ImageOptions;
+use crate::image::{ImageFormat, ImageOptions};
 
 const LEN: usize = 1 << 20;
 
@@ -17,7 +17,8 @@ fn engine(cache: CacheMode, depth: u16) -> (tempfile::NamedTempFile, Engine) {
     let mut file =
         tempfile::NamedTempFile::new_in(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target")).unwrap();
     file.write_all(&content()).unwrap();
-    let options = ImageOptions { path: file.path().to_owned(), read_only: false, cache };
+    let options =
+        ImageOptions { path: file.path().to_owned(), format: ImageFormat::Raw, read_only: false, cache };
     let engine = Engine::new(Arc::new(Image::open(&options).unwrap()), depth).unwrap();
     (file, engine)
 }
@@ -124,6 +125,126 @@ fn aligned_memory_is_bounded() {
         done(&mut engine).1.unwrap();
     }
     assert_eq!(engine.bounced, 0);
+}
+
+fn ranges(engine: &mut Engine, op: RangeOp, ranges: &[(u64, u64)]) -> io::Result<()> {
+    let ranges = ranges.iter().map(|(offset, len)| Range { offset: *offset, len: *len }).collect();
+    engine.park_ranges(5, op, ranges);
+    assert!(engine.is_busy(5) && engine.in_flight() == 0);
+    engine.submit(5);
+    let (tag, result) = done(engine);
+    assert_eq!((tag, engine.in_flight()), (5, 0));
+    result
+}
+
+/// Whatever the file system of the build knows, and then without its help.
+#[test]
+fn zeroed_ranges_read_as_zeroes_and_nothing_else_changes() {
+    const RANGES: [(u64, u64); 4] = [(512, 512), (8192, 0), (65536, 300 << 10), (1 << 19, 4096)];
+    let mut expected = content();
+    for (offset, len) in RANGES {
+        expected[offset as usize..(offset + len) as usize].fill(0);
+    }
+    for unsupported in [false, true] {
+        for (unmap, durable) in [(false, false), (true, false), (false, true), (true, true)] {
+            for cache in [CacheMode::None, CacheMode::Writeback] {
+                let (file, mut engine) = engine(cache, 8);
+                if unsupported {
+                    engine.support = Support::none();
+                }
+                ranges(&mut engine, RangeOp::WriteZeroes { unmap, durable }, &RANGES).unwrap();
+                let mut on_disk = Vec::new();
+                file.reopen().unwrap().read_to_end(&mut on_disk).unwrap();
+                assert!(on_disk == expected, "{cache:?} unmap {unmap} durable {durable} {unsupported}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_discarded_range_gives_its_storage_back_and_the_rest_stays() {
+    use std::os::unix::fs::MetadataExt;
+    let (file, mut engine) = engine(CacheMode::Writeback, 8);
+    file.as_file().sync_all().unwrap();
+    let blocks = || file.as_file().metadata().unwrap().blocks();
+    let before = blocks();
+    ranges(&mut engine, RangeOp::Discard, &[(65536, 1 << 19), (4096, 4096)]).unwrap();
+    assert!(blocks() <= before - ((1 << 19) + 4096) / 512, "{} of {before} blocks are left", blocks());
+    let mut on_disk = Vec::new();
+    file.reopen().unwrap().read_to_end(&mut on_disk).unwrap();
+    assert_eq!(on_disk.len(), LEN);
+    assert!(on_disk[..4096] == content()[..4096] && on_disk[600 << 10..] == content()[600 << 10..]);
+
+    engine.support = Support::none();
+    ranges(&mut engine, RangeOp::Discard, &[(0, 4096)]).unwrap();
+    let mut first = vec![0; 4096];
+    transfer(&mut engine, Transfer::read(0), &mut [&mut first]).unwrap();
+    assert!(first == content()[..4096], "advice that nobody can take changes nothing");
+}
+
+#[test]
+fn what_a_readonly_file_refuses_is_an_error() {
+    let (file, _) = engine(CacheMode::Writeback, 8);
+    let options = ImageOptions {
+        path: file.path().to_owned(),
+        format: ImageFormat::Raw,
+        read_only: true,
+        cache: CacheMode::Writeback,
+    };
+    let mut engine = Engine::new(Arc::new(Image::open(&options).unwrap()), 8).unwrap();
+    let op = RangeOp::WriteZeroes { unmap: true, durable: false };
+    assert_eq!(ranges(&mut engine, op, &[(0, 4096)]).unwrap_err().raw_os_error(), Some(libc::EBADF));
+}
+
+#[test]
+fn a_parked_request_waits_until_it_is_submitted_or_abandoned() {
+    let (_file, mut engine) = engine(CacheMode::None, 8);
+    let mut memory = vec![0; 4097];
+    for abandon in [true, false] {
+        // SAFETY: `memory` lives until the event, or the end of a request that is never submitted.
+        unsafe { engine.park_transfer(2, Transfer::read(0), [iovec(&mut memory[1..])]) };
+        assert!(engine.is_busy(2) && engine.in_flight() == 0 && engine.bounced != 0);
+        engine.poll().unwrap();
+        assert!(engine.next_event().is_none());
+        if abandon {
+            engine.abandon(2);
+            assert!(!engine.is_busy(2) && engine.bounced == 0);
+        } else {
+            engine.submit(2);
+            done(&mut engine).1.unwrap();
+        }
+    }
+    assert!(memory[1..] == content()[..4096]);
+}
+
+#[test]
+#[should_panic(expected = "is not parked")]
+fn what_the_kernel_has_is_not_abandoned() {
+    let (_file, mut engine) = engine(CacheMode::Writeback, 8);
+    engine.flush(1);
+    engine.abandon(1);
+}
+
+#[test]
+fn a_wait_ends_with_its_timeout_or_an_event() {
+    let (_file, mut engine) = engine(CacheMode::Writeback, 8);
+    assert!(!engine.has_news());
+    let before = std::time::Instant::now();
+    engine.wait_for(Duration::from_millis(20)).unwrap();
+    assert!(before.elapsed() >= Duration::from_millis(20));
+    assert!(engine.next_event().is_none());
+
+    engine.flush(0);
+    assert!(engine.has_news());
+    let mut waits = 0;
+    loop {
+        engine.wait_for(Duration::from_secs(3600)).unwrap();
+        waits += 1;
+        match engine.next_event() {
+            Some(Event::Done { tag: 0, result }) => break result.unwrap(),
+            other => assert!(other.is_none() && waits < 100, "{other:?}"),
+        }
+    }
 }
 
 #[test]

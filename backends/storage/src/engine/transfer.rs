@@ -4,7 +4,8 @@ use std::io;
 
 use io_uring::{opcode, squeue, types};
 
-use super::IMAGE;
+use super::range::{Range, RangeJob, RangeOp, Support, Zeroes};
+use super::ring::IMAGE;
 use crate::bounce::{Bounce, PIECE};
 
 /// What to move.
@@ -36,34 +37,70 @@ impl Transfer {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default)]
 enum Work {
     #[default]
     Free,
     Flush,
     Transfer(Transfer),
+    Ranges(Box<RangeJob>),
 }
 
 pub(super) enum Progress {
     /// Submit the rest.
     More,
+    /// There is no room for it now. The rest may be submitted again.
+    Full(io::Error),
     Done(io::Result<()>),
+}
+
+impl Progress {
+    /// `last`: trying again would not do the same again.
+    pub(super) fn of_error(error: io::Error, last: bool) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) if !last => Self::Full(error),
+            _ => Self::Done(Err(error)),
+        }
+    }
+}
+
+/// Where the next bytes of a request are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Target {
+    /// Among the ring's registered files.
+    pub(super) file: u32,
+    /// Bytes from the file's start.
+    pub(super) offset: u64,
+    /// Bytes that are there.
+    pub(super) len: usize,
 }
 
 /// Room for one request, reused.
 #[derive(Default)]
 pub(super) struct Slot {
     work: Work,
+    /// The kernel does not have it.
+    parked: bool,
     buffers: Vec<libc::iovec>,
     /// The first of `buffers` that is not finished; it starts where the rest does.
     first: usize,
     remaining: usize,
     bounce: Option<Box<Bounce>>,
+    /// The buffers of a part of the rest, while the kernel has them.
+    part: Vec<libc::iovec>,
 }
 
 impl Slot {
     pub(super) fn is_busy(&self) -> bool {
         !matches!(self.work, Work::Free)
+    }
+
+    pub(super) fn is_parked(&self) -> bool {
+        self.is_busy() && self.parked
+    }
+
+    pub(super) fn set_parked(&mut self, parked: bool) {
+        self.parked = parked;
     }
 
     /// Bytes of aligned memory it holds.
@@ -72,7 +109,11 @@ impl Slot {
     }
 
     pub(super) fn begin_flush(&mut self) {
-        self.work = Work::Flush;
+        (self.work, self.parked) = (Work::Flush, true);
+    }
+
+    pub(super) fn begin_ranges(&mut self, op: RangeOp, ranges: Vec<Range>) {
+        (self.work, self.parked) = (Work::Ranges(Box::new(RangeJob::new(op, ranges))), true);
     }
 
     pub(super) fn begin(
@@ -81,7 +122,7 @@ impl Slot {
         buffers: impl IntoIterator<Item = libc::iovec>,
         (memory_align, len_align): (usize, usize),
     ) {
-        self.work = Work::Transfer(transfer);
+        (self.work, self.parked) = (Work::Transfer(transfer), true);
         self.buffers.clear();
         self.buffers.extend(buffers.into_iter().filter(|buffer| buffer.iov_len != 0));
         self.first = 0;
@@ -95,19 +136,52 @@ impl Slot {
     }
 
     /// What to hand to the kernel next.
-    pub(super) fn entry(&mut self) -> squeue::Entry {
-        match self.work {
+    pub(super) fn entry(&mut self, support: &Support, zeroes: &mut Zeroes) -> squeue::Entry {
+        match &mut self.work {
             Work::Free => opcode::Nop::new().build(),
             Work::Flush => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
-            Work::Transfer(transfer) => self.transfer_entry(transfer),
+            Work::Transfer(transfer) => {
+                let Transfer { direction, offset } = *transfer;
+                self.transfer_entry(direction, Target { file: 0, offset, len: self.remaining })
+            }
+            Work::Ranges(job) => job.entry(support, zeroes),
         }
     }
 
-    fn transfer_entry(&mut self, Transfer { direction, offset }: Transfer) -> squeue::Entry {
+    /// What to hand to the kernel next of a transfer, of what is at `target`.
+    pub(super) fn entry_at(&mut self, target: Target) -> squeue::Entry {
+        match self.work {
+            Work::Transfer(transfer) => self.transfer_entry(transfer.direction, target),
+            _ => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+        }
+    }
+
+    /// What is to move, and how many bytes of it are left.
+    pub(super) fn rest(&self) -> Option<(Transfer, usize)> {
+        match self.work {
+            Work::Transfer(transfer) => Some((transfer, self.remaining)),
+            _ => None,
+        }
+    }
+
+    /// What is to be done to a range, and what is left of it.
+    pub(super) fn next_range(&mut self) -> Option<(RangeOp, Range)> {
+        match &mut self.work {
+            Work::Ranges(job) => job.next_range(),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self.work, Work::Flush)
+    }
+
+    fn transfer_entry(&mut self, direction: Direction, target: Target) -> squeue::Entry {
+        let limit = target.len.min(self.remaining);
         let rest = &self.buffers[self.first..];
         let (base, len) = match &mut self.bounce {
             Some(bounce) => {
-                let len = bounce.len().min(self.remaining);
+                let len = bounce.len().min(limit);
                 if matches!(direction, Direction::Write { .. }) {
                     // SAFETY: the buffers are mapped until our event, and hold the `remaining` bytes.
                     unsafe { bounce.gather(rest, len) };
@@ -116,41 +190,95 @@ impl Slot {
             }
             None => match rest {
                 [] => (std::ptr::null_mut(), 0),
-                [one] => (one.iov_base.cast(), one.iov_len),
-                [..] => return vectored(direction, rest, offset),
+                [one, ..] if one.iov_len >= limit => (one.iov_base.cast(), limit),
+                [..] if limit == self.remaining => return vectored(direction, rest, target),
+                [..] => {
+                    self.part.clear();
+                    self.part.extend(first_bytes(rest, limit));
+                    return vectored(direction, &self.part, target);
+                }
             },
         };
         let len = u32::try_from(len).unwrap_or(MAX_LEN).min(MAX_LEN);
+        let file = types::Fixed(target.file);
         match direction {
-            Direction::Read => opcode::Read::new(IMAGE, base, len).offset(offset).build(),
-            Direction::Write { durable } => {
-                opcode::Write::new(IMAGE, base, len).offset(offset).rw_flags(durability(durable)).build()
-            }
+            Direction::Read => opcode::Read::new(file, base, len).offset(target.offset).build(),
+            Direction::Write { durable } => opcode::Write::new(file, base, len)
+                .offset(target.offset)
+                .rw_flags(durability(durable))
+                .build(),
         }
     }
 
-    /// Takes note of what the kernel says of the last entry.
-    pub(super) fn advance(&mut self, result: i32) -> Progress {
-        let Work::Transfer(transfer) = &mut self.work else {
-            return self.finish(if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) });
-        };
-        let moved = match result {
-            0 if self.remaining != 0 => {
-                // The file ends before its end: somebody cut it off under us.
-                return self.finish(Err(io::ErrorKind::UnexpectedEof.into()));
+    /// The next `len` bytes read as zeros.
+    pub(super) fn fill_zeros(&mut self, len: usize) {
+        let len = len.min(self.remaining);
+        for buffer in first_bytes(&self.buffers[self.first..], len) {
+            // SAFETY: the buffers are mapped until our event. A guest may change them meanwhile: it sees what it did.
+            unsafe { std::ptr::write_bytes(buffer.iov_base.cast::<u8>(), 0, buffer.iov_len) };
+        }
+        self.skip_over(len);
+    }
+
+    /// The buffers of the next `len` bytes.
+    pub(super) fn next_buffers(&self, len: usize) -> Vec<libc::iovec> {
+        first_bytes(&self.buffers[self.first..], len.min(self.remaining)).collect()
+    }
+
+    /// `len` more bytes are where they belong, or a range is as it is to be.
+    pub(super) fn moved(&mut self, len: usize) {
+        match &mut self.work {
+            Work::Ranges(job) => job.range_done(),
+            _ => self.skip_over(len),
+        }
+    }
+
+    fn skip_over(&mut self, len: usize) {
+        if let Work::Transfer(transfer) = &mut self.work {
+            transfer.offset += len as u64;
+        }
+        self.skip(len);
+    }
+
+    /// Takes note of what the kernel says of the last entry. A slot whose work is done is free.
+    pub(super) fn advance(&mut self, result: i32, support: &mut Support) -> Progress {
+        let progress = match &mut self.work {
+            Work::Transfer(transfer) => {
+                let transfer = *transfer;
+                self.kernel_moved(transfer, result)
             }
+            Work::Ranges(job) => job.advance(result, support),
+            Work::Free | Work::Flush if result < 0 => {
+                Progress::Done(Err(io::Error::from_raw_os_error(-result)))
+            }
+            Work::Free | Work::Flush => Progress::Done(Ok(())),
+        };
+        if matches!(progress, Progress::Done(_)) {
+            self.free();
+        }
+        progress
+    }
+
+    fn kernel_moved(&mut self, transfer: Transfer, result: i32) -> Progress {
+        let moved = match result {
+            // The file ends before its end: somebody cut it off under us.
+            0 if self.remaining != 0 => return Progress::Done(Err(io::ErrorKind::UnexpectedEof.into())),
             0.. => (result as usize).min(self.remaining),
             _ if matches!(-result, libc::EINTR | libc::EAGAIN) => return Progress::More,
-            _ => return self.finish(Err(io::Error::from_raw_os_error(-result))),
+            _ => return Progress::of_error(io::Error::from_raw_os_error(-result), false),
         };
-        transfer.offset += moved as u64;
-        let direction = transfer.direction;
-        if let (Some(bounce), Direction::Read) = (&self.bounce, direction) {
+        if let (Some(bounce), Direction::Read) = (&self.bounce, transfer.direction) {
             // SAFETY: the buffers are mapped until our event, and hold the `remaining` bytes.
             unsafe { bounce.scatter(&self.buffers[self.first..], moved) };
         }
-        self.skip(moved);
-        if self.remaining == 0 { self.finish(Ok(())) } else { Progress::More }
+        self.skip_over(moved);
+        if self.remaining == 0 { Progress::Done(Ok(())) } else { Progress::More }
+    }
+
+    /// Gives up what is left to do.
+    pub(super) fn free(&mut self) {
+        self.work = Work::Free;
+        self.bounce = None;
     }
 
     fn skip(&mut self, mut bytes: usize) {
@@ -166,29 +294,33 @@ impl Slot {
             }
         }
     }
-
-    fn finish(&mut self, result: io::Result<()>) -> Progress {
-        self.work = Work::Free;
-        self.bounce = None;
-        Progress::Done(result)
-    }
 }
 
 /// Whole blocks below what one system call moves at most (2 GiB less a page).
 const MAX_LEN: u32 = 1 << 30;
 
-fn vectored(direction: Direction, buffers: &[libc::iovec], offset: u64) -> squeue::Entry {
+fn vectored(direction: Direction, buffers: &[libc::iovec], target: Target) -> squeue::Entry {
     // A chain is never longer than IOV_MAX.
     let count = buffers.len().min(libc::UIO_MAXIOV as usize) as u32;
+    let file = types::Fixed(target.file);
     match direction {
-        Direction::Read => opcode::Readv::new(IMAGE, buffers.as_ptr(), count).offset(offset).build(),
-        Direction::Write { durable } => opcode::Writev::new(IMAGE, buffers.as_ptr(), count)
-            .offset(offset)
+        Direction::Read => opcode::Readv::new(file, buffers.as_ptr(), count).offset(target.offset).build(),
+        Direction::Write { durable } => opcode::Writev::new(file, buffers.as_ptr(), count)
+            .offset(target.offset)
             .rw_flags(durability(durable))
             .build(),
     }
 }
 
-fn durability(durable: bool) -> i32 {
+/// The first `len` bytes of `buffers`.
+fn first_bytes(buffers: &[libc::iovec], mut len: usize) -> impl Iterator<Item = libc::iovec> {
+    buffers.iter().map_while(move |buffer| {
+        let now = buffer.iov_len.min(len);
+        len -= now;
+        (now != 0).then_some(libc::iovec { iov_base: buffer.iov_base, iov_len: now })
+    })
+}
+
+pub(super) fn durability(durable: bool) -> i32 {
     if durable { libc::RWF_DSYNC } else { 0 }
 }

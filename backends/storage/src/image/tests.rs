@@ -11,7 +11,7 @@ fn file(len: usize) -> tempfile::NamedTempFile {
 }
 
 fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<Image, ImageError> {
-    Image::open(&ImageOptions { path: path.to_owned(), read_only, cache })
+    Image::open(&ImageOptions { path: path.to_owned(), format: ImageFormat::Raw, read_only, cache })
 }
 
 #[test]
@@ -36,6 +36,22 @@ fn what_is_no_disk_is_refused() {
     let odd = open(file(1000).path(), true, CacheMode::Writeback).unwrap_err();
     assert!(matches!(odd, ImageError::Size { len: 1000, unit: 512, .. }));
     assert!(odd.to_string().contains("1024"), "{odd}");
+}
+
+#[test]
+fn a_size_is_taken_again_when_asked_for() {
+    let file = file(8192);
+    let image = open(file.path(), false, CacheMode::Writeback).unwrap();
+    assert_eq!(image.topology(), Topology::default());
+    assert!(!image.reload().unwrap());
+    for (len, changed) in
+        [(16384, Some(true)), (512, Some(true)), (512, Some(false)), (0, None), (1000, None)]
+    {
+        let before = image.len();
+        file.as_file().set_len(len).unwrap();
+        assert_eq!(image.reload().ok(), changed, "{len}");
+        assert_eq!(image.len(), if changed.is_some() { len } else { before });
+    }
 }
 
 #[test]
