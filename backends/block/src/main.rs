@@ -7,6 +7,7 @@ mod disk;
 mod polling;
 mod queue;
 mod request;
+mod sandbox;
 mod throttle;
 
 use std::io::Write;
@@ -19,7 +20,7 @@ use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
 use cleave_common::options;
 use cleave_common::throttle::ThrottleConfig;
-use cleave_runtime::{CommonArgs, Termination, capabilities_json};
+use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json};
 use cleave_storage::{CacheMode, Image, ImageFormat, ImageOptions};
 
 use device::{Block, BlockError, BlockOptions};
@@ -84,7 +85,8 @@ struct Args {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 2 command line or disk wrong; \
-3 the host lacks something (permission, lock, io_uring). CLEAVE_LOG=debug says more.";
+3 the host lacks something (permission, lock, io_uring); 135 memory that the frontend shares was cut off; 159 the sandbox forbids a \
+system call. SIGHUP looks at the disk again. CLEAVE_LOG=debug says more.";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
@@ -178,11 +180,15 @@ fn run(args: Args) -> Result<(), Failure> {
         let json = capabilities_json("block", &["read-only", "blk-file"]);
         return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
     };
+    let mode = args.common.sandbox;
     let socket = args.common.claim_socket()?;
-    let termination = Termination::new().map_err(Failure::host)?;
+    let signals = Signals::new().map_err(Failure::host)?;
     let (format, cache) = (args.format.into(), args.cache.into());
     let options = ImageOptions { path, format, read_only: args.read_only, cache };
     let image = Image::open(&options).map_err(BlockError::from)?;
+    let endpoint = socket.open()?;
+    let sandbox = Sandbox { mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };
+    let confined = sandbox.enter(&endpoint)?;
     let options = BlockOptions {
         num_queues: args.num_queues,
         max_queue_size: args.queue_size,
@@ -193,5 +199,5 @@ fn run(args: Args) -> Result<(), Failure> {
         cpus: args.cpus,
     };
     let mut block = Block::new(image, options)?;
-    cleave_runtime::run(&mut block, socket.open()?, &termination)
+    cleave_runtime::run(&mut block, endpoint, &signals, &confined)
 }

@@ -1,6 +1,6 @@
 //! The frontend's half of a vhost-user session, one request at a time.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
@@ -55,6 +55,9 @@ impl Frontend {
         let known = protocol::MQ
             | protocol::REPLY_ACK
             | protocol::CONFIG
+            | protocol::LOG_SHMFD
+            | protocol::BACKEND_REQ
+            | protocol::INFLIGHT_SHMFD
             | protocol::RESET_DEVICE
             | protocol::CONFIGURE_MEM_SLOTS;
         let protocol_features = self.ask::<u64>(Request::GetProtocolFeatures, &())? & known;
@@ -63,7 +66,8 @@ impl Frontend {
         let num_queues =
             if protocol_features & protocol::MQ != 0 { self.ask(Request::GetQueueNum, &())? } else { 1 };
         self.tell(Request::SetOwner, &(), &[])?;
-        let acked = offered & (wanted | virtio::VERSION_1 | virtio::PROTOCOL_FEATURES);
+        // Nothing is logged until a log is there.
+        let acked = offered & (wanted | virtio::VERSION_1 | virtio::PROTOCOL_FEATURES) & !virtio::LOG_ALL;
         self.tell(Request::SetFeatures, &acked, &[])?;
         Ok(Negotiated { offered, acked, protocol_features, num_queues })
     }
@@ -130,6 +134,18 @@ impl Frontend {
         Ok(self.answer(request)?.payload()?)
     }
 
+    /// Sends a request that is answered with a payload and a descriptor.
+    pub fn ask_for_file<P: Payload>(
+        &mut self,
+        request: Request,
+        payload: &impl Payload,
+    ) -> Result<(P, OwnedFd)> {
+        let deadline = Some(Instant::now() + PATIENCE);
+        self.channel.send(request, Flags::REQUEST, &payload.encode(), &[], deadline)?;
+        let mut answer = self.answer(request)?;
+        Ok((answer.payload()?, answer.single_fd()?))
+    }
+
     /// Sends a request without an answer of its own; once REPLY_ACK is negotiated, learns whether it was done.
     pub fn tell(&mut self, request: Request, payload: &impl Payload, fds: &[BorrowedFd<'_>]) -> Result<()> {
         let deadline = Some(Instant::now() + PATIENCE);
@@ -141,7 +157,7 @@ impl Frontend {
         Ok(())
     }
 
-    fn answer(&mut self, request: Request) -> Result<Message> {
+    pub(super) fn answer(&mut self, request: Request) -> Result<Message> {
         let answer = self.channel.recv(Some(Instant::now() + PATIENCE))?;
         let answer =
             answer.ok_or(DriverError::Channel(cleave_common::vhost_user::ChannelError::Disconnected))?;

@@ -10,7 +10,9 @@
 mod block;
 mod daemon;
 mod frontend;
+mod inflight;
 mod load;
+mod log;
 mod memory;
 mod queue;
 
@@ -22,7 +24,9 @@ use cleave_common::vhost_user::{ChannelError, Malformed};
 pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
 pub use daemon::{Daemon, binary};
 pub use frontend::{Frontend, Negotiated, USER_BASE};
+pub use inflight::InflightRegion;
 pub use load::{Histogram, Load, Report};
+pub use log::DirtyLog;
 pub use memory::GuestRam;
 pub use queue::{Buffer, Flags, SplitQueue};
 

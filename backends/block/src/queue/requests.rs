@@ -154,7 +154,7 @@ impl Queue<'_> {
             return self.waiting.park_full(head);
         }
         self.engine.abandon(head);
-        if self.vring.keeps_inflight() {
+        if self.vring.remembers_in_flight() {
             // Whoever serves the ring next finds it among those in flight.
             self.disk.end_waiting_for_room();
         } else {
