@@ -6,6 +6,8 @@
 pub mod exit;
 pub mod logging;
 pub mod options;
+pub mod sandbox;
 pub mod size;
+pub mod socket;
 pub mod vhost_user;
 pub mod virtio;
