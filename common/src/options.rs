@@ -8,11 +8,15 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::num::{IntErrorKind, ParseIntError};
 use std::str::FromStr;
 
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, Visitor};
 use serde::forward_to_deserialize_any;
+
+/// What a key without a value means.
+const ON: &str = "on";
 
 /// What is wrong with an option's text.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -27,17 +31,28 @@ pub fn parse<T: DeserializeOwned>(text: &str, positional: Option<&str>) -> Resul
     for (at, word) in split_commas(text).into_iter().enumerate() {
         let (key, value) = match (word.split_once('='), positional) {
             // A path may itself hold an '=': only what looks like a key is one.
-            (Some((key, value)), _) if is_key(key) => (key.to_owned(), value.to_owned()),
-            (_, Some(key)) if at == 0 => (key.to_owned(), word),
-            _ if is_key(&word) => (word, "on".to_owned()),
+            (Some((key, value)), _) if is_key(key) => (key.to_owned(), Some(value.to_owned())),
+            (_, Some(key)) if at == 0 => (key.to_owned(), Some(word)),
+            _ if is_key(&word) => (word, None),
             _ => return Err(OptionError(format!("'{word}' is not of the form key=value"))),
         };
         if pairs.iter().any(|(known, _)| *known == key) {
             return Err(OptionError(format!("'{key}' is given twice")));
         }
-        pairs.push((key.clone(), Word { key, text: value }));
+        let bare = value.is_none();
+        let text = value.unwrap_or_else(|| ON.to_owned());
+        pairs.push((key.clone(), Word { key, text, bare }));
     }
     T::deserialize(MapDeserializer::new(pairs.into_iter()))
+}
+
+/// Whether a word means on or off.
+pub fn switch(word: &str) -> Option<bool> {
+    match word {
+        ON | "true" | "yes" | "1" => Some(true),
+        "off" | "false" | "no" | "0" => Some(false),
+        _ => None,
+    }
 }
 
 /// `Deserialize` for a type that people write as a word or a number: everything its `FromStr` takes, from any
@@ -139,13 +154,27 @@ fn split_commas(text: &str) -> Vec<String> {
 struct Word {
     key: String,
     text: String,
+    /// It was not written down: the key alone was.
+    bare: bool,
 }
 
 impl Word {
-    fn number<N: FromStr>(&self) -> Result<N, OptionError> {
-        self.text
-            .parse()
-            .map_err(|_| OptionError(format!("{}: '{}' is no valid number", self.key, self.text)))
+    fn number<N: FromStr<Err = ParseIntError> + fmt::Display>(&self, most: N) -> Result<N, OptionError> {
+        let Self { key, text, .. } = self;
+        self.demand_value("N")?;
+        text.parse().map_err(|error: ParseIntError| {
+            let limit = match error.kind() {
+                IntErrorKind::PosOverflow => format!(": it is at most {most}"),
+                _ => String::new(),
+            };
+            OptionError(format!("{key}: '{text}' is no valid number{limit}"))
+        })
+    }
+
+    /// Refuses a key alone, where only a switch could be one.
+    fn demand_value(&self, form: &str) -> Result<(), OptionError> {
+        let key = &self.key;
+        if self.bare { Err(OptionError(format!("'{key}' needs a value: {key}={form}"))) } else { Ok(()) }
     }
 
     /// Puts the key in front of what the value's own type complains of.
@@ -183,9 +212,9 @@ impl<'de> IntoDeserializer<'de, OptionError> for Word {
 }
 
 macro_rules! numbers {
-    ($($method:ident $visit:ident),*) => {$(
+    ($($method:ident $visit:ident $type:ident),*) => {$(
         fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
-            visitor.$visit(self.number()?)
+            visitor.$visit(self.number($type::MAX)?)
         }
     )*};
 }
@@ -193,19 +222,19 @@ macro_rules! numbers {
 impl<'de> Deserializer<'de> for Word {
     type Error = OptionError;
 
-    numbers!(deserialize_u8 visit_u8, deserialize_u16 visit_u16, deserialize_u32 visit_u32,
-        deserialize_u64 visit_u64, deserialize_i8 visit_i8, deserialize_i16 visit_i16,
-        deserialize_i32 visit_i32, deserialize_i64 visit_i64);
+    numbers!(deserialize_u8 visit_u8 u8, deserialize_u16 visit_u16 u16, deserialize_u32 visit_u32 u32,
+        deserialize_u64 visit_u64 u64, deserialize_i8 visit_i8 i8, deserialize_i16 visit_i16 i16,
+        deserialize_i32 visit_i32 i32, deserialize_i64 visit_i64 i64);
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+        self.demand_value("...")?;
         Self::named(&self.key, visitor.visit_string(self.text))
     }
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
-        match self.text.as_str() {
-            "on" | "true" | "yes" | "1" => visitor.visit_bool(true),
-            "off" | "false" | "no" | "0" => visitor.visit_bool(false),
-            other => Err(OptionError(format!("{}: '{other}' is neither on nor off", self.key))),
+        match switch(&self.text) {
+            Some(value) => visitor.visit_bool(value),
+            None => Err(OptionError(format!("{}: '{}' is neither on nor off", self.key, self.text))),
         }
     }
 
@@ -224,9 +253,12 @@ impl<'de> Deserializer<'de> for Word {
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _name: &'static str,
-        _variants: &'static [&'static str],
+        variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, OptionError> {
+        if !variants.contains(&ON) {
+            self.demand_value(&variants.join("|"))?;
+        }
         Self::named(&self.key, visitor.visit_enum(self.text.into_deserializer()))
     }
 
@@ -294,7 +326,10 @@ mod tests {
             ("a,format=qcow", "format: 'qcow' is not one of: raw, qcow2 (did you mean 'qcow2'?)"),
             ("a,readonly=maybe", "readonly: 'maybe' is neither on nor off"),
             ("a,queues=many", "queues: 'many' is no valid number"),
-            ("a,queues=70000", "queues: '70000' is no valid number"),
+            ("a,queues=70000", "queues: '70000' is no valid number: it is at most 65535"),
+            ("a,queues", "'queues' needs a value: queues=N"),
+            ("a,format", "'format' needs a value: format=raw|qcow2"),
+            ("a,type", "'type' needs a value: type=..."),
             ("a,page-size=2X", "page-size: '2X' is no size"),
             ("a,type=blokc", "type: 'blokc' is no virtio device type (did you mean 'block'?)"),
             ("a,path=b", "'path' is given twice"),
