@@ -89,7 +89,8 @@ fn without_override(inner: &Command) -> Command {
 
 fn forbidden(rig: &Rig, name: &str) -> Outcome<std::path::PathBuf> {
     let path = rig.blank(name, 1 << 20)?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).map_err(|error| error.to_string())?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000))
+        .map_err(|error| error.to_string())?;
     Ok(path)
 }
 
