@@ -9,11 +9,15 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::num::{IntErrorKind, ParseIntError};
 use std::str::FromStr;
 
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, Visitor};
 use serde::forward_to_deserialize_any;
+
+/// What a key without a value means.
+const ON: &str = "on";
 
 /// What is wrong with an option's text.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,15 +35,26 @@ pub fn parse<T: DeserializeOwned>(text: &str, positional: Option<&str>) -> Resul
             (Some((key, value)), _)
                 if is_key(key) && !(at == 0 && positional.is_some() && key.contains('.')) =>
             {
-                (key.to_owned(), value.to_owned())
+                (key.to_owned(), Some(value.to_owned()))
             }
-            (_, Some(key)) if at == 0 => (key.to_owned(), word),
-            _ if is_key(&word) => (word, "on".to_owned()),
+            (_, Some(key)) if at == 0 => (key.to_owned(), Some(word)),
+            _ if is_key(&word) => (word, None),
             _ => return Err(OptionError(format!("'{word}' is not of the form key=value"))),
         };
-        insert(&mut pairs, &key, Word { key: key.clone(), text: value })?;
+        let bare = value.is_none();
+        let text = value.unwrap_or_else(|| ON.to_owned());
+        insert(&mut pairs, &key, Word { key: key.clone(), text, bare })?;
     }
     T::deserialize(MapDeserializer::new(pairs.into_iter()))
+}
+
+/// Whether a word means on or off.
+pub fn switch(word: &str) -> Option<bool> {
+    match word {
+        ON | "true" | "yes" | "1" => Some(true),
+        "off" | "false" | "no" | "0" => Some(false),
+        _ => None,
+    }
 }
 
 /// `Deserialize` for a type that people write as a word or a number: everything its `FromStr` takes, from any
@@ -168,13 +183,27 @@ enum Value {
 struct Word {
     key: String,
     text: String,
+    /// It was not written down: the key alone was.
+    bare: bool,
 }
 
 impl Word {
-    fn number<N: FromStr>(&self) -> Result<N, OptionError> {
-        self.text
-            .parse()
-            .map_err(|_| OptionError(format!("{}: '{}' is no valid number", self.key, self.text)))
+    fn number<N: FromStr<Err = ParseIntError> + fmt::Display>(&self, most: N) -> Result<N, OptionError> {
+        let Self { key, text, .. } = self;
+        self.demand_value("N")?;
+        text.parse().map_err(|error: ParseIntError| {
+            let limit = match error.kind() {
+                IntErrorKind::PosOverflow => format!(": it is at most {most}"),
+                _ => String::new(),
+            };
+            OptionError(format!("{key}: '{text}' is no valid number{limit}"))
+        })
+    }
+
+    /// Refuses a key alone, where only a switch could be one.
+    fn demand_value(&self, form: &str) -> Result<(), OptionError> {
+        let key = &self.key;
+        if self.bare { Err(OptionError(format!("'{key}' needs a value: {key}={form}"))) } else { Ok(()) }
     }
 
     /// Puts the key in front of what the value's own type complains of.
@@ -269,9 +298,9 @@ impl<'de> Deserializer<'de> for Value {
 }
 
 macro_rules! numbers {
-    ($($method:ident $visit:ident),*) => {$(
+    ($($method:ident $visit:ident $type:ident),*) => {$(
         fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
-            visitor.$visit(self.number()?)
+            visitor.$visit(self.number($type::MAX)?)
         }
     )*};
 }
@@ -279,19 +308,19 @@ macro_rules! numbers {
 impl<'de> Deserializer<'de> for Word {
     type Error = OptionError;
 
-    numbers!(deserialize_u8 visit_u8, deserialize_u16 visit_u16, deserialize_u32 visit_u32,
-        deserialize_u64 visit_u64, deserialize_i8 visit_i8, deserialize_i16 visit_i16,
-        deserialize_i32 visit_i32, deserialize_i64 visit_i64);
+    numbers!(deserialize_u8 visit_u8 u8, deserialize_u16 visit_u16 u16, deserialize_u32 visit_u32 u32,
+        deserialize_u64 visit_u64 u64, deserialize_i8 visit_i8 i8, deserialize_i16 visit_i16 i16,
+        deserialize_i32 visit_i32 i32, deserialize_i64 visit_i64 i64);
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+        self.demand_value("...")?;
         Self::named(&self.key, visitor.visit_string(self.text))
     }
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
-        match self.text.as_str() {
-            "on" | "true" | "yes" | "1" => visitor.visit_bool(true),
-            "off" | "false" | "no" | "0" => visitor.visit_bool(false),
-            other => Err(OptionError(format!("{}: '{other}' is neither on nor off", self.key))),
+        match switch(&self.text) {
+            Some(value) => visitor.visit_bool(value),
+            None => Err(OptionError(format!("{}: '{}' is neither on nor off", self.key, self.text))),
         }
     }
 
@@ -310,9 +339,12 @@ impl<'de> Deserializer<'de> for Word {
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _name: &'static str,
-        _variants: &'static [&'static str],
+        variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, OptionError> {
+        if !variants.contains(&ON) {
+            self.demand_value(&variants.join("|"))?;
+        }
         Self::named(&self.key, visitor.visit_enum(self.text.into_deserializer()))
     }
 

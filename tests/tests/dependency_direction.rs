@@ -1,6 +1,9 @@
-//! The VMM and the daemons meet only in `common` and on the socket: neither may come to depend on the other.
+//! The VMM and the daemons meet only in `common` and on the socket: neither may come to depend on the other. Inside the
+//! VMM, modules are on floors, and use only what is on floors below.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 type Graph = BTreeMap<String, BTreeSet<String>>;
@@ -51,4 +54,91 @@ fn dependencies_point_one_way() {
             );
         }
     }
+}
+
+/// The floors of the VMM, from the top; see vmm/docs/architecture.md.
+const FLOORS: &[&[&str]] = &[
+    &["main"],
+    &["machine", "cli", "check"],
+    &["virtio", "legacy"],
+    &["pci", "daemon", "arch"],
+    &["vhost", "kvm", "plan"],
+    &["bus", "memory", "control", "config", "sandbox"],
+];
+
+fn floor(module: &str) -> usize {
+    let found = FLOORS.iter().position(|floor| floor.contains(&module));
+    found.unwrap_or_else(|| panic!("the module {module} of the VMM has no floor yet: give it one here"))
+}
+
+fn rust_files(directory: &Path) -> Vec<PathBuf> {
+    let entries =
+        fs::read_dir(directory).expect("the VMM's sources").map(|entry| entry.expect("an entry").path());
+    let (directories, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+    let files = files.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    directories.iter().flat_map(|directory| rust_files(directory)).chain(files).collect()
+}
+
+/// The top-level modules that code names as `crate::MODULE`, one or several in braces.
+fn modules_used(code: &str) -> BTreeSet<String> {
+    let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let code: String = lines.flat_map(|line| [line, "\n"]).collect();
+    let word =
+        |text: &str| text.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect::<String>();
+    let mut used = BTreeSet::new();
+    for rest in code.split("crate::").skip(1) {
+        match rest.strip_prefix('{') {
+            None => {
+                used.insert(word(rest));
+            }
+            Some(list) => {
+                let mut depth = 0;
+                let mut first = true;
+                for (at, c) in list.char_indices() {
+                    if first && depth == 0 && c.is_ascii_alphabetic() {
+                        used.insert(word(&list[at..]));
+                        first = false;
+                    }
+                    match c {
+                        '{' => depth += 1,
+                        '}' if depth == 0 => break,
+                        '}' => depth -= 1,
+                        ',' if depth == 0 => first = true,
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+    used
+}
+
+#[test]
+fn modules_used_are_found() {
+    let code = "use crate::bus;\n// crate::not\nuse crate::{\n    kvm::{Vm, irq::Gsi},\n    plan,\n};\ncrate::memory::x();";
+    let used: Vec<_> = modules_used(code).into_iter().collect();
+    assert_eq!(used, ["bus", "kvm", "memory", "plan"]);
+}
+
+#[test]
+fn modules_of_the_vmm_use_only_floors_below() {
+    let top = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../vmm/src"));
+    let mut arrows = 0;
+    for file in rust_files(top) {
+        let inside = file.strip_prefix(top).expect("below the top");
+        let module = inside.iter().next().and_then(|first| Path::new(first).file_stem()).expect("a module");
+        let module = module.to_str().expect("UTF-8");
+        for used in modules_used(&fs::read_to_string(&file).expect("readable")) {
+            if used == module {
+                continue;
+            }
+            arrows += 1;
+            assert!(
+                floor(module) < floor(&used),
+                "{}: '{module}' must not use '{used}': it is not on a floor below",
+                inside.display()
+            );
+        }
+    }
+    assert!(arrows > 40, "only {arrows} uses were found: does this test still read the sources?");
 }

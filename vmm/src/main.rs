@@ -12,18 +12,23 @@ mod machine;
 mod memory;
 mod pci;
 mod plan;
+mod sandbox;
 mod vhost;
 mod virtio;
 
-use clap::Parser;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
 
 use cli::{Cli, Command, RunArgs};
+use legacy::terminal;
 
 fn main() -> std::process::ExitCode {
     logging::init();
-    let result = match Cli::parse().command {
+    let cli = match Cli::read() {
+        Ok(cli) => cli,
+        Err(code) => return code.into(),
+    };
+    let result = match cli.command {
         Command::Run(arguments) => run(*arguments),
         Command::Check { json } => return check::run(json).into(),
     };
@@ -40,6 +45,9 @@ fn main() -> std::process::ExitCode {
 
 fn run(arguments: RunArgs) -> Result<(), Failure> {
     let config = arguments.into_config()?;
+    if config.sandbox {
+        sandbox::confine_process(terminal::restore).map_err(Failure::host)?;
+    }
     if let Some(machine) = machine::build(&config)? {
         machine.run()?;
     }

@@ -84,9 +84,9 @@ struct Args {
     throttle: Option<ThrottleConfig>,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 2 command line or disk wrong; \
-3 the host lacks something (permission, lock, io_uring); 135 memory that the frontend shares was cut off; 159 the sandbox forbids a \
-system call. SIGHUP looks at the disk again. CLEAVE_LOG=debug says more.";
+const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 1 a bug, or the sandbox \
+stopped a system call; 2 command line or disk wrong; 3 the host lacks something (permission, lock, io_uring); 135 memory that the \
+frontend shares was cut off. SIGHUP looks at the disk again. CLEAVE_LOG=debug says more.";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
@@ -187,7 +187,8 @@ fn run(args: Args) -> Result<(), Failure> {
     let options = ImageOptions { path, format, read_only: args.read_only, cache };
     let image = Image::open(&options).map_err(BlockError::from)?;
     let endpoint = socket.open()?;
-    let sandbox = Sandbox { mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };
+    let sandbox =
+        Sandbox { program: "cleave-block", mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };
     let confined = sandbox.enter(&endpoint)?;
     let options = BlockOptions {
         num_queues: args.num_queues,

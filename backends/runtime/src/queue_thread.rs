@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
+use cleave_common::sandbox::name_thread;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::vring::Vring;
@@ -89,6 +90,7 @@ impl QueueThread {
         let inbox = Inbox { wake: wake.clone(), commands: to_thread, vrings: from_thread };
         let thread = thread::Builder::new().name(name).stack_size(STACK).spawn(move || match prepare() {
             Ok(state) => {
+                name_thread("queue");
                 let _ = ready.send(Ok(()));
                 drop(ready);
                 body(state, inbox);

@@ -13,16 +13,17 @@
 
 mod capabilities;
 mod landlock;
+mod lost_memory;
 mod seccomp;
-mod violation;
 
 use clap::ValueEnum;
 use cleave_common::exit::Failure;
+use cleave_common::sandbox::report_violations;
 use tracing::{debug, warn};
 
 use crate::footprint::Text;
 use crate::socket::Endpoint;
-pub(crate) use violation::report_lost_memory;
+pub(crate) use lost_memory::report_lost_memory;
 
 /// Whether a daemon confines itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -53,6 +54,8 @@ impl From<SandboxError> for Failure {
 /// What a device needs beyond what every daemon does to serve.
 #[derive(Debug, Default)]
 pub struct Sandbox {
+    /// Whose last words a violation's are: "cleave-block".
+    pub program: &'static str,
     pub mode: SandboxMode,
     /// System calls, by their numbers, with any arguments.
     pub syscalls: &'static [i64],
@@ -69,6 +72,7 @@ struct Allowed {
 /// The process is confined, but for system calls that only starting needs.
 #[derive(Debug)]
 pub struct Confined {
+    program: &'static str,
     /// What the device needs to serve; `None` when there is no sandbox.
     allowed: Option<Allowed>,
     pub(crate) text: Option<Text>,
@@ -84,7 +88,7 @@ impl Sandbox {
         let text = Text::of_this_program();
         if self.mode == SandboxMode::Off {
             warn!("no sandbox: this process may do what its user may");
-            return Ok(Confined { allowed: None, text });
+            return Ok(Confined { program: self.program, allowed: None, text });
         }
         capabilities::drop_all().map_err(SandboxError::Capabilities)?;
         if !landlock::restrict(endpoint.socket_file()).map_err(SandboxError::Landlock)? {
@@ -93,7 +97,8 @@ impl Sandbox {
         let mut syscalls = self.syscalls.to_vec();
         // To remove its socket at the end.
         syscalls.extend(endpoint.socket_file().map(|_| libc::SYS_unlink));
-        Ok(Confined { allowed: Some(Allowed { syscalls, ioctls: self.ioctls }), text })
+        let allowed = Some(Allowed { syscalls, ioctls: self.ioctls });
+        Ok(Confined { program: self.program, allowed, text })
     }
 }
 
@@ -101,7 +106,7 @@ impl Confined {
     /// The second step, when all threads are there.
     pub(crate) fn filter_syscalls(&self) -> Result<(), SandboxError> {
         let Some(allowed) = &self.allowed else { return Ok(()) };
-        violation::report_syscalls().map_err(|error| SandboxError::Seccomp(error.into()))?;
+        report_violations(self.program, || {}).map_err(|error| SandboxError::Seccomp(error.into()))?;
         if seccomp::apply(&allowed.syscalls, allowed.ioctls).map_err(SandboxError::Seccomp)? {
             debug!("the sandbox is closed");
         } else {

@@ -1,13 +1,12 @@
 //! The socket a daemon is reached by: one it listens on, or one it was started with.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use cleave_common::exit::{ExitCode, Failure};
+use cleave_common::socket::{ListenError, SocketFile, listen};
 use rustix::net::{AddressFamily, sockopt};
 
 /// Why there is no socket.
@@ -52,36 +51,15 @@ pub struct Listener {
     file: Option<SocketFile>,
 }
 
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    /// Device and inode, so that another daemon's socket of the same path is left alone.
-    id: (u64, u64),
-}
-
 impl Listener {
     /// Listens on `path`. A socket that nobody listens on any more is replaced.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let failed = |source| SocketError::Listen { path: path.to_owned(), source };
-        match fs::symlink_metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-            Ok(meta) if !meta.file_type().is_socket() => {
-                return Err(SocketError::NotASocket(path.to_owned()));
-            }
-            Ok(_) if is_alive(path).map_err(failed)? => return Err(SocketError::InUse(path.to_owned())),
-            Ok(_) => fs::remove_file(path).map_err(failed)?,
-        }
-        let socket = UnixListener::bind(path).map_err(failed)?;
-        let meta = fs::symlink_metadata(path).map_err(failed)?;
-        let file = SocketFile { path: path.to_owned(), id: (meta.dev(), meta.ino()) };
-        Self::over(socket, Some(file)).map_err(failed)
-    }
-
-    fn over(socket: UnixListener, file: Option<SocketFile>) -> io::Result<Self> {
-        // A frontend that gives up between poll and accept must not make accept wait for the next one.
-        socket.set_nonblocking(true)?;
-        Ok(Self { socket, file })
+        let (socket, file) = listen(path).map_err(|error| match error {
+            ListenError::InUse => SocketError::InUse(path.to_owned()),
+            ListenError::NotASocket => SocketError::NotASocket(path.to_owned()),
+            ListenError::Io(source) => SocketError::Listen { path: path.to_owned(), source },
+        })?;
+        Ok(Self { socket, file: Some(file) })
     }
 
     /// The next frontend, if one is there.
@@ -104,37 +82,11 @@ impl AsFd for Listener {
     }
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.id) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        self.file = None;
-    }
-}
-
-/// Whether somebody listens on the socket at `path`. The probe does not wait for a full backlog.
-fn is_alive(path: &Path) -> io::Result<bool> {
-    use rustix::net::{SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    match connect(&probe, &SocketAddrUnix::new(path)?) {
-        Ok(()) | Err(rustix::io::Errno::AGAIN) => Ok(true),
-        Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) => Ok(false),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
 impl Endpoint {
     /// The file that is to be removed in the end.
     pub(crate) fn socket_file(&self) -> Option<&Path> {
         match self {
-            Self::Listening(Listener { file: Some(file), .. }) => Some(&file.path),
+            Self::Listening(Listener { file: Some(file), .. }) => Some(file.path()),
             _ => None,
         }
     }
@@ -148,8 +100,10 @@ impl Endpoint {
         }
         rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC).map_err(bad)?;
         if sockopt::socket_acceptconn(&owned).map_err(bad)? {
-            let listener = Listener::over(UnixListener::from(owned), None);
-            return listener.map(Self::Listening).map_err(|_| SocketError::BadFd { fd });
+            let socket = UnixListener::from(owned);
+            // A frontend that gives up between poll and accept must not make accept wait for the next one.
+            socket.set_nonblocking(true).map_err(|_| SocketError::BadFd { fd })?;
+            return Ok(Self::Listening(Listener { socket, file: None }));
         }
         Ok(Self::Connected(UnixStream::from(owned)))
     }

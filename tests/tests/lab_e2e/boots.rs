@@ -9,6 +9,8 @@ pub const CASES: &[crate::Case] = &[
     ("boots::one_vcpu", one_vcpu),
     ("boots::two_vcpus", two_vcpus),
     ("boots::four_vcpus", four_vcpus),
+    ("boots::eight_vcpus", eight_vcpus),
+    ("boots::every_thread_is_confined_unless_told_otherwise", confined),
     ("boots::memory_below_the_hole", memory_below_the_hole),
     ("boots::memory_above_the_hole", memory_above_the_hole),
     ("boots::memory_of_huge_pages", memory_of_huge_pages),
@@ -44,6 +46,47 @@ fn two_vcpus(rig: &Rig) -> Outcome<()> {
 
 fn four_vcpus(rig: &Rig) -> Outcome<()> {
     vcpus(rig, 4)
+}
+
+fn eight_vcpus(rig: &Rig) -> Outcome<()> {
+    vcpus(rig, 8)
+}
+
+/// The name of each thread of a process, with the number of its seccomp filters.
+fn filters(pid: u32) -> Outcome<Vec<(String, u32)>> {
+    let fail = |error: std::io::Error| format!("the threads of {pid}: {error}");
+    let field = |status: &str, name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.map(|value| value.trim().to_owned()).ok_or(format!("no {name} in\n{status}"))
+    };
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).map_err(fail)? {
+        let status = std::fs::read_to_string(entry.map_err(fail)?.path().join("status")).map_err(fail)?;
+        let count =
+            field(&status, "Seccomp_filters:")?.parse().map_err(|error| format!("{error}\n{status}"))?;
+        found.push((field(&status, "Name:")?, count));
+    }
+    // KVM's own worker is a thread of whoever made the machine.
+    found.retain(|(name, _)| !name.starts_with("kvm-"));
+    found.sort();
+    Ok(found)
+}
+
+fn confined(rig: &Rig) -> Outcome<()> {
+    let disk = rig.blank("disk", 1 << 20)?;
+    for (words, main, others) in [(&[][..], 1, 2), (&["--sandbox", "off"], 0, 0)] {
+        let guest = rig.guest("dd if=/dev/vda of=/dev/null; echo READY; read -r line")?.disk(&disk, "");
+        let mut vm = guest.with(words).start()?;
+        vm.expect("READY", BOOT)?;
+        let found = filters(vm.pid())?;
+        let expected = [("cleave", main), ("disk0", others), ("vcpu0", others)];
+        if found != expected.map(|(name, count)| (name.to_owned(), count)) {
+            return Err(format!("the filters of each thread: {found:?}, not {expected:?}"));
+        }
+        vm.send("go on")?;
+        vm.finish(SOON)?;
+    }
+    Ok(())
 }
 
 const MEMORY: &str = "grep MemTotal /proc/meminfo; grep 'System RAM' /proc/iomem";

@@ -1,5 +1,6 @@
 //! Input that is wrong: one line that says what to do, the right exit code, no process left behind.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -14,7 +15,9 @@ pub const CASES: &[crate::Case] = &[
     ("refusals::unreadable_kernel", unreadable_kernel),
     ("refusals::kernel_that_is_none_names_its_first_bytes", no_kernel),
     ("refusals::missing_initrd", missing_initrd),
+    ("refusals::initrd_that_may_not_be_read", unreadable_initrd),
     ("refusals::missing_disk", missing_disk),
+    ("refusals::disk_that_may_not_be_read", unreadable_disk),
     ("refusals::disk_of_odd_size", odd_disk),
     ("refusals::disk_in_use_names_its_holder", locked_disk),
     ("refusals::memory_larger_than_the_host", too_much_memory),
@@ -74,6 +77,38 @@ fn missing_initrd(rig: &Rig) -> Outcome<()> {
     let mut command = rig.cleave(["run", "--initrd", "/nonexistent/initrd", "--kernel"]);
     command.arg(&rig.vmlinux);
     refused(command, USAGE, &["/nonexistent/initrd"])
+}
+
+/// The same without root's privilege to read everything: /dev/kvm stays its own.
+fn without_override(inner: &Command) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    command
+}
+
+fn forbidden(rig: &Rig, name: &str) -> Outcome<std::path::PathBuf> {
+    let path = rig.blank(name, 1 << 20)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000))
+        .map_err(|error| error.to_string())?;
+    Ok(path)
+}
+
+fn unreadable_initrd(rig: &Rig) -> Outcome<()> {
+    let initrd = forbidden(rig, "forbidden")?;
+    let mut command = rig.cleave(["run", "--initrd"]);
+    command.arg(&initrd).arg("--kernel").arg(&rig.vmlinux);
+    refused(
+        without_override(&command),
+        USAGE,
+        &["--initrd", &initrd.display().to_string(), "Permission denied"],
+    )
+}
+
+fn unreadable_disk(rig: &Rig) -> Outcome<()> {
+    let disk = forbidden(rig, "forbidden")?;
+    let command = without_override(&rig.shell().disk(&disk, "").command());
+    refused(command, HOST, &[&disk.display().to_string(), "Permission denied"])
 }
 
 fn missing_disk(rig: &Rig) -> Outcome<()> {

@@ -3,17 +3,26 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use crate::rig::{BOOT, Rig, SOON, appears, says};
 use cleave_tests::vm::Outcome;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal};
 use rustix::pty::OpenptFlags;
+use rustix::termios::{InputModes, LocalModes, OptionalActions};
 
 pub const CASES: &[crate::Case] = &[
     ("uarts::a_file_gets_what_the_guest_says", file),
     ("uarts::a_unix_socket_is_a_console", unix),
+    ("uarts::a_pty_is_a_console", pty),
+    ("uarts::a_guest_without_one_runs", off),
     ("uarts::ctrl_a_x_quits_and_the_terminal_is_restored", terminal),
+    ("uarts::a_stopped_vmm_gives_the_terminal_back_and_takes_it_again", stopped),
 ];
 
 fn file(rig: &Rig) -> Outcome<()> {
@@ -53,8 +62,42 @@ fn read_until(from: &mut impl Read, words: &str, within: Duration) -> Outcome<()
     Ok(())
 }
 
-fn terminal(rig: &Rig) -> Outcome<()> {
-    let fail = |what: &'static str| move |error: rustix::io::Errno| format!("{what}: {error}");
+fn pty(rig: &Rig) -> Outcome<()> {
+    let vm = rig.shell().with(["--uart", "pty"]).start()?;
+    vm.expect_error("the uart is at ", SOON)?;
+    let said = vm.expect_error("\n", SOON)?;
+    let path = said.trim();
+    let mut console = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags((OFlags::NOCTTY | OFlags::NONBLOCK).bits() as i32)
+        .open(path)
+        .map_err(|error| format!("open {path}: {error}"))?;
+    read_until(&mut console, "SHELL", BOOT)?;
+    console.write_all(b"echo pty-$((6 * 7)); poweroff -f\n").map_err(|error| error.to_string())?;
+    read_until(&mut console, "pty-42", SOON)?;
+    vm.finish(SOON).map(|_| ())
+}
+
+/// It has no console; what it did is on its disk.
+fn off(rig: &Rig) -> Outcome<()> {
+    let disk = rig.blank("disk", 1 << 20)?;
+    let script = "[ -e /sys/class/tty/ttyS0 ] && cat /sys/class/tty/ttyS0/type >/tmp/type || echo none >/tmp/type
+        printf %s \"without-$((6 * 7)) type $(cat /tmp/type)\" | dd of=/dev/vda conv=notrunc 2>/dev/null; sync";
+    let guest = rig.guest(script)?.disk(&disk, "").with(["--uart", "off"]);
+    let exit = guest.start()?.finish(BOOT)?;
+    let mut found = [0; 32];
+    File::open(&disk).and_then(|mut disk| disk.read_exact(&mut found)).map_err(|error| error.to_string())?;
+    let found = String::from_utf8_lossy(&found).into_owned();
+    // Type 0 is PORT_UNKNOWN: the driver has probed and found none.
+    if !found.starts_with("without-42 type none") && !found.starts_with("without-42 type 0") {
+        return Err(format!("the guest left {found:?} on its disk"));
+    }
+    if exit.screen.is_empty() { Ok(()) } else { Err(format!("standard output got {:?}", exit.screen)) }
+}
+
+/// cleave in a session that a terminal of ours controls: only there are keys its own. Our side of the terminal.
+fn at_a_terminal(rig: &Rig, test: impl FnOnce(&OwnedFd, &mut Child) -> Outcome<()>) -> Outcome<()> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
     let ours = rustix::pty::openpt(flags).map_err(fail("openpt"))?;
     rustix::pty::unlockpt(&ours).map_err(fail("unlockpt"))?;
@@ -64,13 +107,10 @@ fn terminal(rig: &Rig) -> Outcome<()> {
         .write(true)
         .open(name.to_string_lossy().as_ref())
         .map_err(|error| format!("open the terminal: {error}"))?;
-    // Asked on our side: the other hangs up with its session.
-    let before = rustix::termios::tcgetattr(&ours).map_err(fail("tcgetattr"))?;
+    let before = modes(&ours)?;
     let again = || theirs.try_clone().map_err(|error| error.to_string());
-
-    // Keys are cleave's only where the terminal is its own: a session that it controls.
     let cleave = rig.shell().command();
-    let mut child = std::process::Command::new("setsid")
+    let mut child = Command::new("setsid")
         .arg("--ctty")
         .arg(cleave.get_program())
         .args(cleave.get_args())
@@ -79,23 +119,80 @@ fn terminal(rig: &Rig) -> Outcome<()> {
         .stderr(again()?)
         .spawn()
         .map_err(|error| format!("start cleave: {error}"))?;
-    let result = quit_by_keys(&ours, &mut child);
+    let result = test(&ours, &mut child);
     let _ = child.kill();
     let _ = child.wait();
     result?;
-
-    let after = rustix::termios::tcgetattr(&ours).map_err(fail("tcgetattr"))?;
-    if before.local_modes == after.local_modes && before.input_modes == after.input_modes {
-        return Ok(());
+    let after = modes(&ours)?;
+    if before == after {
+        Ok(())
+    } else {
+        Err(format!("the terminal is not as it was: {before:?}, then {after:?}"))
     }
-    Err(format!("the terminal is not as it was: {:?}, then {:?}", before.local_modes, after.local_modes))
 }
 
-fn quit_by_keys(ours: &OwnedFd, child: &mut std::process::Child) -> Outcome<()> {
+fn fail(what: &'static str) -> impl Fn(Errno) -> String {
+    move |error| format!("{what}: {error}")
+}
+
+/// Asked on our side: the other hangs up with its session.
+fn modes(ours: &OwnedFd) -> Outcome<(LocalModes, InputModes)> {
+    let modes = rustix::termios::tcgetattr(ours).map_err(fail("tcgetattr"))?;
+    Ok((modes.local_modes, modes.input_modes))
+}
+
+fn terminal(rig: &Rig) -> Outcome<()> {
+    at_a_terminal(rig, quit_by_keys)
+}
+
+/// Waits until a terminal echoes what is typed, or does not.
+fn echoes(ours: &OwnedFd, wanted: bool) -> Outcome<()> {
+    let deadline = Instant::now() + SOON;
+    while modes(ours)?.0.contains(LocalModes::ECHO) != wanted {
+        if Instant::now() > deadline {
+            return Err(format!("the terminal does not come to echo={wanted}"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn stopped(rig: &Rig) -> Outcome<()> {
+    at_a_terminal(rig, |ours, child| {
+        let pid = Pid::from_child(child);
+        let signal = |signal| rustix::process::kill_process(pid, signal).map_err(fail("kill"));
+        let copy = ours.try_clone().map_err(|error| error.to_string())?;
+        rustix::io::ioctl_fionbio(&copy, true).map_err(|error| error.to_string())?;
+        read_until(&mut File::from(copy), "SHELL", BOOT)?;
+        echoes(ours, false)?;
+        // As a shell's job: it gives the terminal back before it stops.
+        signal(Signal::TSTP)?;
+        echoes(ours, true)?;
+        signal(Signal::CONT)?;
+        echoes(ours, false)?;
+        // Without a word: then the shell sets the terminal as it likes, which we do for it.
+        let mut cooked = rustix::termios::tcgetattr(ours).map_err(fail("tcgetattr"))?;
+        cooked.local_modes |= LocalModes::ECHO;
+        signal(Signal::STOP)?;
+        rustix::termios::tcsetattr(ours, OptionalActions::Now, &cooked).map_err(fail("tcsetattr"))?;
+        signal(Signal::CONT)?;
+        echoes(ours, false)?;
+        let copy = ours.try_clone().map_err(|error| error.to_string())?;
+        File::from(copy).write_all(b"\n").map_err(|error| error.to_string())?;
+        type_and_quit(ours, child)
+    })
+}
+
+fn quit_by_keys(ours: &OwnedFd, child: &mut Child) -> Outcome<()> {
     let copy = ours.try_clone().map_err(|error| error.to_string())?;
     rustix::io::ioctl_fionbio(&copy, true).map_err(|error| error.to_string())?;
     let mut console = File::from(copy);
     read_until(&mut console, "SHELL", BOOT)?;
+    type_and_quit(ours, child)
+}
+
+fn type_and_quit(ours: &OwnedFd, child: &mut Child) -> Outcome<()> {
+    let mut console = File::from(ours.try_clone().map_err(|error| error.to_string())?);
     // Ctrl-C is the guest's.
     console.write_all(b"\x03echo still-$((5 * 5))\n").map_err(|error| error.to_string())?;
     read_until(&mut console, "still-25", SOON)?;

@@ -65,7 +65,10 @@ pub fn run(json: bool) -> ExitCode {
     // A reader that went away has seen what it wanted.
     let written = text.and_then(|text| io::stdout().write_all(text.as_bytes()));
     match (written, report.runs_stock_guest) {
-        (Err(error), _) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::Internal,
+        (Err(error), _) if error.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("cleave: cannot write the report to standard output: {error}");
+            ExitCode::Internal
+        }
         (_, true) => ExitCode::Success,
         (_, false) => ExitCode::Host,
     }

@@ -1,12 +1,22 @@
 //! The command line: words in, [`Settings`] out. What a word means is said by the type it becomes.
 
+#[cfg(test)]
+mod tests;
+
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use cleave_common::exit::Failure;
+use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
 
-use crate::config::{DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, Settings, UartConfig};
+use crate::config::{self, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, Settings, UartConfig};
+
+/// Bytes of a configuration file: more is no description of a machine.
+const MOST_CONFIG: u64 = 1 << 20;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -73,8 +83,8 @@ pub struct RunArgs {
     append: Option<String>,
 
     /// Number of vCPUs, 1 to 64 [default: 1]
-    #[arg(long, value_name = "N")]
-    cpus: Option<u8>,
+    #[arg(long, value_name = "N", value_parser = vcpus, allow_negative_numbers = true)]
+    cpus: Option<u32>,
 
     /// Guest memory: SIZE, or size=SIZE[,backing=memfd|hugetlbfs][,page-size=2M|1G][,prefault=on] [default: 512M]
     ///
@@ -106,6 +116,62 @@ pub struct RunArgs {
     /// Where the serial port ttyS0 goes: stdio, pty, file=PATH, unix=PATH or off [default: stdio]
     #[arg(long, value_name = "WHERE")]
     uart: Option<UartConfig>,
+
+    /// Let each thread make only the system calls it has a use for [default: on]
+    #[arg(long, value_name = "on|off", value_parser = on_or_off)]
+    sandbox: Option<bool>,
+}
+
+fn vcpus(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| format!("a machine has 1 to {} vCPUs", config::MAX_VCPUS))
+}
+
+fn on_or_off(text: &str) -> Result<bool, String> {
+    options::switch(text).ok_or_else(|| "it is on or off".to_owned())
+}
+
+impl Cli {
+    /// The command line, or what to end with: help is printed, a mistake is told in one line.
+    pub fn read() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|error| match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
+                Ok(()) => ExitCode::Success,
+                Err(error) => {
+                    eprintln!("cleave: cannot write to standard output: {error}");
+                    ExitCode::Internal
+                }
+            },
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                let _ = error.print();
+                ExitCode::Usage
+            }
+            _ => {
+                eprintln!("cleave: {}", one_line(&error));
+                ExitCode::Usage
+            }
+        })
+    }
+}
+
+/// What clap says over several lines, without its repetition of the usage.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty())
+        .map(|line| line.strip_prefix("error: ").or_else(|| line.strip_prefix("tip: ")).unwrap_or(line));
+    let mut said = String::new();
+    for line in lines {
+        let between = match said.chars().last() {
+            None => "",
+            Some(':') => " ",
+            Some(_) => "; ",
+        };
+        said = said + between + line;
+    }
+    said + " (--help says more)"
 }
 
 impl RunArgs {
@@ -122,6 +188,7 @@ impl RunArgs {
             cpus: self.cpus,
             memory: self.memory,
             uart: self.uart,
+            sandbox: self.sandbox,
             disk: self.disk,
             device: self.device,
         };
@@ -130,45 +197,15 @@ impl RunArgs {
 }
 
 fn read_settings(path: &Path) -> Result<Settings, Failure> {
-    let complain = |error: &dyn std::fmt::Display| {
-        Failure::usage(format!("--config {}: {}", path.display(), error.to_string().trim_end()))
-    };
-    let text = std::fs::read_to_string(path).map_err(|error| complain(&error))?;
-    toml::from_str(&text).map_err(|error| complain(&error))
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::CommandFactory;
-
-    use super::*;
-
-    fn refuse(words: &[&str]) -> String {
-        Cli::try_parse_from(words).unwrap_err().to_string()
+    let complain = |error: &dyn Display| Failure::usage(format!("--config {}: {error}", path.display()));
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MOST_CONFIG + 1).read_to_end(&mut bytes));
+    if read.map_err(|error| complain(&error))? as u64 > MOST_CONFIG {
+        return Err(complain(&"it is larger than 1 MiB: that is no description of a machine"));
     }
-
-    #[test]
-    fn the_commands_are_well_formed() {
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn unknown_words_name_the_nearest() {
-        assert!(refuse(&["cleave", "chek"]).contains("'check'"));
-        assert!(refuse(&["cleave", "run", "--kernal", "x"]).contains("'--kernel'"));
-        let said = refuse(&["cleave", "run", "--disk", "x,redonly=on"]);
-        assert!(said.contains("did you mean 'readonly'?"), "{said}");
-    }
-
-    #[test]
-    fn a_missing_file_is_named() {
-        let Command::Run(run) =
-            Cli::parse_from(["cleave", "run", "--config", "/nonexistent/vm.toml"]).command
-        else {
-            panic!("not run");
-        };
-        let failure = run.into_config().unwrap_err();
-        assert_eq!(failure.code as u8, 2);
-        assert!(failure.to_string().starts_with("--config /nonexistent/vm.toml: No such file"), "{failure}");
-    }
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        complain(&format_args!("it is no text file: the bytes from {at} on are not UTF-8"))
+    })?;
+    config::parse_file(&text).map_err(|error| complain(&error))
 }

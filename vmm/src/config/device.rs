@@ -66,7 +66,7 @@ pub enum OnFull {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CacheMode {
-    /// O_DIRECT where the file system has it: the host's page cache is not used.
+    /// O_DIRECT: the host's page cache is not used. The daemon refuses where the file system has it not.
     None,
     #[default]
     Writeback,

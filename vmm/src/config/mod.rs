@@ -5,15 +5,19 @@
 //! missing and everything that can be judged without touching the host holds.
 
 mod device;
+mod file;
 mod memory;
 mod uart;
 
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
+use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull};
+pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig};
 pub use uart::UartConfig;
 
@@ -22,6 +26,12 @@ pub const MAX_VCPUS: u8 = 64;
 
 /// Devices on the root bus: 32 slots less the host bridge.
 pub const MAX_DEVICES: usize = 31;
+
+/// Bytes of a device's name.
+const MAX_ID_LEN: usize = 32;
+
+/// Bytes of a disk's serial number (virtio 1.2, 5.2.6: VIRTIO_BLK_ID_BYTES).
+const MAX_SERIAL_LEN: usize = 20;
 
 const DEFAULT_APPEND: &str = "console=ttyS0";
 
@@ -32,10 +42,11 @@ pub struct Settings {
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
     pub append: Option<String>,
-    pub cpus: Option<u8>,
+    pub cpus: Option<u32>,
     #[serde(default, deserialize_with = "memory::deserialize")]
     pub memory: Option<MemoryConfig>,
     pub uart: Option<UartConfig>,
+    pub sandbox: Option<bool>,
     #[serde(default)]
     pub disk: Vec<DiskConfig>,
     #[serde(default)]
@@ -53,6 +64,8 @@ pub struct MachineConfig {
     pub cpus: u8,
     pub memory: MemoryConfig,
     pub uart: UartConfig,
+    /// Whether the process confines itself.
+    pub sandbox: bool,
     pub disks: Vec<DiskConfig>,
     pub devices: Vec<DeviceConfig>,
 }
@@ -62,7 +75,7 @@ pub enum ConfigError {
     #[error("no kernel is given; use --kernel PATH (a bzImage or an ELF vmlinux)")]
     NoKernel,
     #[error("--cpus {0}: a machine has 1 to {MAX_VCPUS} vCPUs")]
-    Cpus(u8),
+    Cpus(u32),
     #[error("--memory: {0}")]
     Memory(#[from] memory::MemoryConfigError),
     #[error("--disk {path}: queues={queues}: a disk has 1 to {max} queues", path = .path.display(), max = DiskConfig::MAX_QUEUES)]
@@ -71,6 +84,16 @@ pub enum ConfigError {
     DiskThrottle { path: PathBuf, source: ThrottleError },
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
     TooManyDevices(usize),
+    #[error(
+        "id={0:?}: a device's name is 1 to {MAX_ID_LEN} letters, digits, '-', '_' and '.', and begins with a letter or a digit"
+    )]
+    Id(String),
+    #[error("--disk {path}: serial={serial:?}: up to {MAX_SERIAL_LEN} bytes of printable ASCII are possible", path = .path.display())]
+    Serial { path: PathBuf, serial: String },
+    #[error("{option}{path}: {reason}", path = .path.display())]
+    Socket { option: &'static str, path: PathBuf, reason: String },
+    #[error("--disk path=: the path is empty")]
+    EmptyDiskPath,
     #[error("two devices are named '{0}'; give each its own id=")]
     DuplicateId(String),
     #[error("the disk {path} is given twice, and not both times readonly=on: a second writer would destroy it", path = .0.display())]
@@ -89,20 +112,23 @@ impl Settings {
             cpus: over.cpus.or(self.cpus),
             memory: over.memory.or(self.memory),
             uart: over.uart.or(self.uart),
+            sandbox: over.sandbox.or(self.sandbox),
             disk: self.disk,
             device: self.device,
         }
     }
 
     pub fn validate(self) -> Result<MachineConfig, ConfigError> {
-        let cpus = self.cpus.unwrap_or(1);
-        if !(1..=MAX_VCPUS).contains(&cpus) {
-            return Err(ConfigError::Cpus(cpus));
-        }
+        let asked = self.cpus.unwrap_or(1);
+        let cpus = u8::try_from(asked).ok().filter(|cpus| (1..=MAX_VCPUS).contains(cpus));
+        let cpus = cpus.ok_or(ConfigError::Cpus(asked))?;
         let memory = self.memory.unwrap_or_default();
         memory.validate()?;
         check_disks(&self.disk)?;
         check_devices(&self.disk, &self.device)?;
+        if let Some(UartConfig::Unix(path)) = &self.uart {
+            check_socket("--uart unix=", path)?;
+        }
         Ok(MachineConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
@@ -110,6 +136,7 @@ impl Settings {
             cpus,
             memory,
             uart: self.uart.unwrap_or_default(),
+            sandbox: self.sandbox.unwrap_or(true),
             disks: self.disk,
             devices: self.device,
         })
@@ -125,6 +152,15 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         }
         let refused = |source| ConfigError::DiskThrottle { path: disk.path.clone(), source };
         disk.throttle.validate().map_err(refused)?;
+        if disk.path.as_os_str().is_empty() {
+            return Err(ConfigError::EmptyDiskPath);
+        }
+        let printable = |serial: &&String| serial.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+        if let Some(serial) = &disk.serial
+            && Some(serial).filter(printable).is_none_or(|serial| serial.len() > MAX_SERIAL_LEN)
+        {
+            return Err(ConfigError::Serial { path: disk.path.clone(), serial: serial.clone() });
+        }
         let shares = |other: &DiskConfig| other.path == disk.path && !(other.readonly && disk.readonly);
         if disks[at + 1..].iter().any(shares) {
             return Err(ConfigError::DuplicateDisk(disk.path.clone()));
@@ -138,15 +174,55 @@ fn check_devices(disks: &[DiskConfig], devices: &[DeviceConfig]) -> Result<(), C
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
-    let mut ids: Vec<&str> = disks
-        .iter()
-        .filter_map(|d| d.id.as_deref())
-        .chain(devices.iter().filter_map(|d| d.id.as_deref()))
-        .collect();
-    ids.sort_unstable();
-    match ids.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(ConfigError::DuplicateId(pair[0].to_owned())),
+    for device in devices {
+        check_socket("--device socket=", &device.socket)?;
+    }
+    let given = disks.iter().map(|disk| &disk.id).chain(devices.iter().map(|device| &device.id)).flatten();
+    if let Some(bad) = given.clone().find(|id| !is_name(id)) {
+        return Err(ConfigError::Id(bad.clone()));
+    }
+    let disks = disks.iter().enumerate().map(|(at, disk)| disk.name(at));
+    let mut names: Vec<_> =
+        disks.chain(devices.iter().enumerate().map(|(at, device)| device.name(at))).collect();
+    names.sort_unstable();
+    match names.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(ConfigError::DuplicateId(pair[0].clone())),
         None => Ok(()),
+    }
+}
+
+/// A name is a thread's, a process's and one day a file's.
+fn is_name(id: &str) -> bool {
+    let letter = |byte: u8| byte.is_ascii_alphanumeric();
+    id.len() <= MAX_ID_LEN
+        && id.bytes().next().is_some_and(letter)
+        && id.bytes().all(|byte| letter(byte) || matches!(byte, b'-' | b'_' | b'.'))
+}
+
+fn check_socket(option: &'static str, path: &Path) -> Result<(), ConfigError> {
+    let bytes = path.as_os_str().as_bytes();
+    let reason = match bytes.len() {
+        0 => "the path is empty".to_owned(),
+        _ if bytes.contains(&0) => "the path has a NUL byte in it".to_owned(),
+        length if length > MAX_PATH_LEN => {
+            format!("the path has {length} bytes, and that of a unix socket at most {MAX_PATH_LEN}")
+        }
+        _ => return Ok(()),
+    };
+    Err(ConfigError::Socket { option, path: path.to_owned(), reason })
+}
+
+impl DiskConfig {
+    /// What messages call the disk; `at` is its place among the disks.
+    pub fn name(&self, at: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("disk{at}"))
+    }
+}
+
+impl DeviceConfig {
+    /// What messages call the device; `at` is its place among the devices.
+    pub fn name(&self, at: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("{}{at}", self.r#type))
     }
 }
 

@@ -1,10 +1,11 @@
 use cleave_common::options;
 use cleave_common::size::ByteSize;
+use proptest::prelude::*;
 
 use super::*;
 
 fn file(text: &str) -> Settings {
-    toml::from_str(text).unwrap()
+    parse_file(text).unwrap()
 }
 
 fn bootable() -> Settings {
@@ -48,12 +49,67 @@ fn the_command_line_and_the_file_say_the_same() {
 }
 
 #[test]
-fn a_file_with_an_unknown_key_is_refused() {
-    for text in
-        ["kernal = 'x'", "[memory]\nsize = '1G'\nprefalt = true", "[[disk]]\npath = 'x'\nread-only = true"]
-    {
-        let error = toml::from_str::<Settings>(text).unwrap_err().to_string();
-        assert!(error.contains("unknown field"), "{error}");
+fn a_file_that_is_wrong_is_refused_in_one_line() {
+    for (text, message) in [
+        (
+            "cpus = 1\nkernal = 'x'",
+            "line 2: unknown key 'kernal' (did you mean 'kernel'?); the keys are: kernel, ",
+        ),
+        (
+            "[memory]\nsize = '1G'\nprefalt = true",
+            "line 3: memory: unknown key 'prefalt' (did you mean 'prefault'?); the keys are: size, backing, page-size, prefault",
+        ),
+        ("memory = { backing = 'memfd' }", "line 1: memory: 'size' is missing"),
+        ("memory = '2X'", "line 1: memory: size: '2X' is no size"),
+        ("memory = 512", "line 1: memory: 512 is given where there has to be a table, or text"),
+        (
+            "[[disk]]\npath = 'x'\n[[disk]]\npath = 'y'\nread-only = true",
+            "line 5: disk: unknown key 'read-only' (did you mean 'readonly'?)",
+        ),
+        (
+            "[[disk]]\npath = 'x'\ncache = 'nome'",
+            "line 3: disk: cache: 'nome' is not one of: none, writeback, writethrough (did you mean 'none'?)",
+        ),
+        ("[[disk]]\npath = 7", "line 2: disk: path: 7 is no text: write it in quotes"),
+        (
+            "[[disk]]\npath = 'x'\nreadonly = 'perhaps'",
+            "line 3: disk: readonly: 'perhaps' is neither true nor false",
+        ),
+        ("disk = 'x'", "line 1: disk: 'x' is no list: begin each of them with a line [[...]]"),
+        ("disk = ['x']", "line 1: disk: 'x' is no table of keys"),
+        ("cpus = 'abc'", "line 1: cpus: 'abc' is no valid number: it has to be a whole one"),
+        ("cpus = -1", "line 1: cpus: -1 is no valid number: it is out of range"),
+        ("cpus = 1.5", "line 1: cpus: 1.5 is no valid number"),
+        (
+            "uart = 'stido'",
+            "line 1: uart: 'stido' is not one of: stdio, pty, file=PATH, unix=PATH, off (did you mean 'stdio'?)",
+        ),
+        ("uart = 1979-05-27", "line 1: uart: 1979-05-27 is neither text in quotes nor a whole number"),
+        ("cpus = 2\ncpus = 3", "line 2: this is no TOML: duplicate key, at 'cpus'"),
+        ("kernel = vmlinuz", "line 1: this is no TOML: "),
+        ("\u{1}\u{2}", "line 1: this is no TOML: "),
+        ("uart = 'a\\nb'", "line 1: uart: 'a\\nb' is not one of"),
+        ("uart = \"a\\nb\"", "line 1: uart: 'a\\nb' is not one of"),
+    ] {
+        let said = parse_file(text).unwrap_err().to_string();
+        assert!(said.starts_with(message), "{text}:\n{said}");
+        assert!(!said.contains(char::is_control), "{said:?}");
+    }
+    assert_eq!(file("sandbox = 'off'").sandbox, Some(false));
+    assert_eq!(file("sandbox = true\ncpus = 0x10").cpus, Some(16));
+}
+
+proptest! {
+    #[test]
+    fn no_file_makes_it_panic(text: String) {
+        let _ = parse_file(&text);
+    }
+
+    #[test]
+    fn no_value_makes_it_panic(key in "kernel|cpus|memory|uart|disk|device", value in r"[\[\]{}=',0-9a-z. -]{0,20}") {
+        if let Err(error) = parse_file(&format!("{key} = {value}")) {
+            prop_assert!(!error.to_string().contains(char::is_control));
+        }
     }
 }
 
@@ -82,7 +138,7 @@ fn the_smallest_machine() {
 #[test]
 fn what_cannot_be_is_refused_with_a_reason() {
     assert!(refusal(Settings::default()).contains("--kernel"));
-    for cpus in [0, 65, 255] {
+    for cpus in [0, 65, 70_000] {
         assert!(refusal(Settings { cpus: Some(cpus), ..bootable() }).contains("1 to 64"));
     }
     for (memory, reason) in [
@@ -110,6 +166,17 @@ fn devices_are_told_apart_and_fit_the_bus() {
     let contradiction = disk("a,throttle.iops-read-max=5");
     let said = refusal(Settings { disk: vec![contradiction], ..bootable() });
     assert!(said.contains("--disk a: throttle: iops-read-max needs a rate"), "{said}");
+    assert!(refusal(twice("a,id=disk1", "b")).contains("two devices are named 'disk1'"));
+    let one = |text: &str| Settings { disk: vec![disk(text)], ..bootable() };
+    for id in ["", "a/b", "-a", "..", "a b", "\u{e9}", &"x".repeat(33)] {
+        let said = refusal(one(&format!("a,id={id}")));
+        assert!(said.contains("1 to 32 letters"), "{said}");
+    }
+    assert!(one("a,id=root-disk_1.x").validate().is_ok());
+    assert!(refusal(one("a,serial=123456789012345678901")).contains("up to 20 bytes"));
+    assert!(refusal(one("a,serial=\u{e9}")).contains("printable ASCII"));
+    assert!(one("a,serial=12345678901234567890").validate().is_ok());
+    assert!(refusal(one("path=")).contains("empty"));
     let many = (0..32).map(|n| disk(&format!("d{n}"))).collect();
     assert!(refusal(Settings { disk: many, ..bootable() }).contains("room for 31"));
 }
@@ -118,6 +185,25 @@ fn devices_are_told_apart_and_fit_the_bus() {
 fn a_uart_that_is_none_names_the_nearest() {
     let error = "stido".parse::<UartConfig>().unwrap_err();
     assert!(error.contains("did you mean 'stdio'?"), "{error}");
-    assert!("file=".parse::<UartConfig>().is_err());
-    assert!("unix".parse::<UartConfig>().is_err());
+    assert_eq!("file=".parse::<UartConfig>().unwrap_err(), "'file=' needs a path: file=PATH");
+    assert_eq!("unix".parse::<UartConfig>().unwrap_err(), "'unix' needs a path: unix=PATH");
+}
+
+#[test]
+fn a_socket_path_fits_a_unix_socket() {
+    let long = |length: usize| format!("/{}", "x".repeat(length - 1));
+    let device = |path: &str| {
+        let device = options::parse(&format!("type=rng,socket={path}"), None).unwrap();
+        Settings { device: vec![device], ..bootable() }
+    };
+    assert!(device(&long(107)).validate().is_ok());
+    let said = refusal(device(&long(108)));
+    assert!(
+        said.starts_with("--device socket=/xxx")
+            && said.contains("has 108 bytes")
+            && said.ends_with("at most 107")
+    );
+    assert!(refusal(device("")).contains("empty"));
+    let uart = Some(UartConfig::Unix(long(108).into()));
+    assert!(refusal(Settings { uart, ..bootable() }).starts_with("--uart unix=/xxx"));
 }

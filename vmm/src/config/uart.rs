@@ -30,6 +30,8 @@ impl FromStr for UartConfig {
             None if text == "stdio" => Ok(Self::Stdio),
             None if text == "pty" => Ok(Self::Pty),
             None if text == "off" => Ok(Self::Off),
+            Some((word @ ("file" | "unix"), _)) => Err(format!("'{text}' needs a path: {word}=PATH")),
+            None if matches!(text, "file" | "unix") => Err(format!("'{text}' needs a path: {text}=PATH")),
             _ => {
                 let word = text.split('=').next().unwrap_or_default();
                 let near = options::did_you_mean(word, ["stdio", "pty", "file", "unix", "off"]);

@@ -1,6 +1,19 @@
 //! The person's terminal: raw while the machine has it, and always given back as it was.
+//!
+//! ```text
+//!              foreground                     SIGTSTP: given back, then we stop
+//!   Elsewhere ───────────> Raw ───────────────────────────────────────────────────> stopped
+//!       ^                  ^ └─ SIGSTOP: somebody else sets it as he likes ────────────>│
+//!       │                  │ SIGCONT, foreground                                        │
+//!       └──────────────────┴────────────────────────────────────────────────────────────┘
+//!        SIGCONT, background
+//! ```
+//!
+//! Invariant: in the background it is neither set nor read, since a process that did would be stopped.
 
-use std::os::fd::AsFd;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
 use rustix::process::getpgrp;
@@ -8,49 +21,123 @@ use rustix::stdio::stdin;
 use rustix::termios::{
     LocalModes, OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr,
 };
+use signal_hook::consts::{SIGCONT, SIGTSTP};
+use signal_hook::low_level::{emulate_default_handler, pipe};
 
-/// How the terminal was, for whoever ends this process: the guard below, or the panic hook (a panic aborts, and
-/// no destructor runs).
+/// How the terminal was, for whoever ends this process: the guard below, the panic hook (a panic aborts, and no
+/// destructor runs), or the sandbox.
 static BEFORE: OnceLock<Termios> = OnceLock::new();
 
-/// Standard input in raw mode, until this is dropped.
-pub struct RawTerminal(());
+/// Standard input that is a terminal: raw whenever it is ours, until this is dropped.
+pub struct Terminal {
+    raw: Option<RawMode>,
+    stop: UnixStream,
+    resume: UnixStream,
+}
 
-impl RawTerminal {
-    /// Takes the terminal, if standard input is one and it is ours: a process in the background that touched it
-    /// would be stopped.
-    pub fn take() -> Option<Self> {
+impl Terminal {
+    /// Takes the terminal, if standard input is one.
+    pub fn take() -> io::Result<Option<Self>> {
+        if !isatty(stdin()) {
+            return Ok(None);
+        }
+        let (stop, write) = UnixStream::pair()?;
+        pipe::register(SIGTSTP, write)?;
+        let (resume, write) = UnixStream::pair()?;
+        pipe::register(SIGCONT, write)?;
+        stop.set_nonblocking(true)?;
+        resume.set_nonblocking(true)?;
+        Ok(Some(Self { raw: RawMode::set(), stop, resume }))
+    }
+
+    /// Whether what is typed is ours to read.
+    pub fn is_ours(&self) -> bool {
+        self.raw.is_some()
+    }
+
+    /// Readable when [`Terminal::serve`] has something to do.
+    pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.stop.as_fd(), self.resume.as_fd()]
+    }
+
+    /// Does what a signal asked for, and looks whether the terminal has become ours.
+    pub fn serve(&mut self) {
+        if drain(&mut self.stop) {
+            self.raw = None;
+            // The process stops in here, until somebody continues it.
+            if let Err(error) = emulate_default_handler(SIGTSTP) {
+                tracing::debug!("SIGTSTP: {error}");
+            }
+        }
+        if drain(&mut self.resume) || self.raw.is_none() {
+            // Whoever had the terminal meanwhile may have left it in any mode. The old guard goes first: it sets it too.
+            drop(self.raw.take());
+            self.raw = RawMode::set();
+        }
+    }
+}
+
+/// Whether anything was in it.
+fn drain(signals: &mut UnixStream) -> bool {
+    let mut any = false;
+    while signals.read(&mut [0; 16]).is_ok_and(|count| count > 0) {
+        any = true;
+    }
+    any
+}
+
+/// Raw mode, until this is dropped.
+struct RawMode(());
+
+impl RawMode {
+    fn set() -> Option<Self> {
+        static PANIC_HOOK: OnceLock<()> = OnceLock::new();
         let terminal = stdin();
-        if !isatty(terminal) || tcgetpgrp(terminal).ok()? != getpgrp() {
+        if !in_foreground() {
             return None;
         }
-        let before =
-            BEFORE.get_or_init(|| tcgetattr(terminal).expect("isatty said that it is a terminal")).clone();
-        let mut raw = before;
+        let before = match BEFORE.get() {
+            Some(before) => before,
+            None => {
+                let now = tcgetattr(terminal).ok()?;
+                BEFORE.get_or_init(|| now)
+            }
+        };
+        let mut raw = before.clone();
         raw.make_raw();
         // Our own log lines share the screen, and they end in a bare newline.
         raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
         raw.local_modes -= LocalModes::ISIG;
         tcsetattr(terminal, OptionalActions::Now, &raw).ok()?;
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            restore();
-            hook(panic);
-        }));
+        PANIC_HOOK.get_or_init(|| {
+            let hook = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                restore();
+                hook(panic);
+            }));
+        });
         Some(Self(()))
     }
 }
 
-impl Drop for RawTerminal {
+impl Drop for RawMode {
     fn drop(&mut self) {
         restore();
     }
 }
 
-fn restore() {
-    if let Some(before) = BEFORE.get() {
-        // Nothing is left to do where even this fails: the terminal is gone.
-        let _ = tcsetattr(stdin().as_fd(), OptionalActions::Drain, before);
+fn in_foreground() -> bool {
+    tcgetpgrp(stdin()).is_ok_and(|group| group == getpgrp())
+}
+
+/// Gives the terminal back as it was. A signal handler may call it.
+pub fn restore() {
+    if let Some(before) = BEFORE.get()
+        && in_foreground()
+    {
+        // At once, not when all output is gone: a terminal that is not read would hold us. Nothing is left to do where
+        // even this fails: the terminal is gone.
+        let _ = tcsetattr(stdin(), OptionalActions::Now, before);
     }
 }
 

@@ -10,6 +10,7 @@ use super::event::{Event, EventQueue, SlotIndex};
 use super::signals::Signals;
 use crate::daemon::{self, Daemon};
 use crate::plan::{Backend, SlotPlan};
+use crate::sandbox;
 use crate::vhost::{self, DEFAULT_DEADLINE, Endpoint, Negotiated, Target};
 
 /// Starts the daemons that are ours, in the order of their slots.
@@ -44,6 +45,7 @@ pub fn connect_all(
         let events = queue.sender();
         let name = format!("connect-{}", target.device);
         let connect = move || {
+            sandbox::confine_thread(sandbox::Thread::Session);
             let result = vhost::connect(target);
             events.send(Event::Connected { slot: SlotIndex(slot), result });
         };

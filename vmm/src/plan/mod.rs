@@ -120,7 +120,7 @@ fn lay_out_ram(size: u64) -> Vec<RamRegion> {
 /// Disks first, each kind in the order given: what a guest calls vda is the first disk.
 fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
-        let name = disk.id.clone().unwrap_or_else(|| format!("disk{at}"));
+        let name = disk.name(at);
         let queues = disk.queues.unwrap_or_else(|| u16::from(config.cpus).min(DiskConfig::DEFAULT_QUEUES));
         let args = block_arguments(disk, queues);
         let backend =
@@ -128,7 +128,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {
-        let name = device.id.clone().unwrap_or_else(|| format!("{}{at}", device.r#type));
+        let name = device.name(at);
         let backend = Backend::Attach { socket: device.socket.clone(), wait: device.wait.0 };
         (name, device.r#type, device.queues, backend)
     });

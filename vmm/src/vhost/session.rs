@@ -30,6 +30,7 @@ use super::memory::MemoryTable;
 use super::ring::Ring;
 use super::wire::{Limit, Wire};
 use crate::bus::Event;
+use crate::sandbox;
 
 /// Stack of a session's thread in bytes: it calls nothing deep, and there may be 31 of them.
 const STACK: usize = 128 << 10;
@@ -64,7 +65,10 @@ impl Negotiated {
     ) -> io::Result<SessionThread> {
         let worker = Worker { mailbox: Arc::clone(&mailbox), memory, observer };
         let name = self.device.clone();
-        thread::Builder::new().name(name).stack_size(STACK).spawn(move || worker.run(self))?;
+        thread::Builder::new().name(name).stack_size(STACK).spawn(move || {
+            sandbox::confine_thread(sandbox::Thread::Session);
+            worker.run(self);
+        })?;
         Ok(SessionThread(mailbox))
     }
 }

@@ -31,6 +31,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 use super::{KvmError, Vm};
+use crate::sandbox;
 pub use exit::VcpuEvent;
 use kick::ExitRequest;
 pub use state::EntryState;
@@ -172,6 +173,7 @@ enum Next {
 
 impl<H: ExitHandler> Runner<H> {
     fn live(mut self) {
+        sandbox::confine_thread(sandbox::Thread::Vcpu);
         let request = ExitRequest::of(&mut self.fd);
         let mut next = Next::Park;
         loop {

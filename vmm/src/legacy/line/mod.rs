@@ -11,16 +11,17 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use cleave_common::socket::{self, ListenError, SocketFile};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use rustix::termios::isatty;
 
-use super::terminal::{Command, Keys, RawTerminal};
+use super::terminal::{Command, Keys, Terminal};
 use crate::bus::Event;
 use crate::config::UartConfig;
 pub use output::{Output, Transmitter};
@@ -36,11 +37,7 @@ pub enum LineError {
     #[error("--uart file={path}: {source}", path = .path.display())]
     File { path: PathBuf, source: io::Error },
     #[error("--uart unix={path}: {source}", path = .path.display())]
-    Socket { path: PathBuf, source: io::Error },
-    #[error("--uart unix={path}: a program already listens there", path = .0.display())]
-    SocketBusy(PathBuf),
-    #[error("--uart unix={path}: exists and is not a socket; it is left alone", path = .0.display())]
-    NotASocket(PathBuf),
+    Socket { path: PathBuf, source: ListenError },
     #[error("--uart pty: {0}")]
     Pty(io::Error),
     #[error("--uart stdio: {0}")]
@@ -54,7 +51,7 @@ enum End {
     Stdio {
         input: Option<OwnedFd>,
         keys: Keys,
-        terminal: Option<RawTerminal>,
+        terminal: Option<Terminal>,
     },
     /// The slave is held open: without it the master reads as hung up whenever nobody else has the terminal.
     Pty {
@@ -63,7 +60,7 @@ enum End {
     },
     Socket {
         listener: UnixListener,
-        path: PathBuf,
+        _file: SocketFile,
         client: Option<Client>,
     },
 }
@@ -95,7 +92,7 @@ impl Line {
                 let file = file.map_err(|source| LineError::File { path: path.clone(), source })?;
                 (End::Mute, Some(file.into()))
             }
-            UartConfig::Unix(path) => (listen(path)?, None),
+            UartConfig::Unix(path) => (open_socket(path)?, None),
         };
         let output = Arc::new(Output::new(sink, wake.clone()));
         Ok(Self { end, output, pending: Vec::new() })
@@ -109,7 +106,10 @@ impl Line {
     /// Takes the person's terminal, where standard input is one: from now on the keys are the guest's.
     pub fn take_terminal(&mut self) {
         if let End::Stdio { terminal, .. } = &mut self.end {
-            *terminal = RawTerminal::take();
+            *terminal = Terminal::take().unwrap_or_else(|error| {
+                tracing::warn!("the terminal stays as it is: {error}");
+                None
+            });
         }
     }
 
@@ -122,12 +122,16 @@ impl Line {
             End::Socket { client: Some(client), .. } => Some((client.socket.as_fd(), PollFlags::empty())),
             _ => None,
         };
-        input.into_iter().chain(rest)
+        let terminal = self.terminal().map(Terminal::fds).into_iter().flatten();
+        input.into_iter().chain(rest).chain(terminal.map(|fd| (fd, PollFlags::IN)))
     }
 
     /// Moves what can move in both directions, without waiting, and returns the commands typed at the terminal.
     /// `receive` takes input, and says how many bytes of it it had room for.
     pub fn serve(&mut self, receive: impl FnOnce(&[u8]) -> usize) -> Vec<Command> {
+        if let End::Stdio { terminal: Some(terminal), .. } = &mut self.end {
+            terminal.serve();
+        }
         self.accept();
         let mut commands = Vec::new();
         if self.has_room() && self.input().is_some_and(|fd| !ready(fd, PollFlags::IN).is_empty()) {
@@ -143,6 +147,8 @@ impl Line {
     fn input(&self) -> Option<BorrowedFd<'_>> {
         match &self.end {
             End::Mute => None,
+            // A terminal that is not ours now is read by somebody else.
+            End::Stdio { terminal: Some(terminal), .. } if !terminal.is_ours() => None,
             End::Stdio { input, .. } => input.as_ref().map(AsFd::as_fd),
             End::Pty { input, .. } => Some(input.as_fd()),
             End::Socket { client, .. } => {
@@ -151,9 +157,16 @@ impl Line {
         }
     }
 
+    fn terminal(&self) -> Option<&Terminal> {
+        match &self.end {
+            End::Stdio { terminal, .. } => terminal.as_ref(),
+            _ => None,
+        }
+    }
+
     /// Whether input is to be read. At a terminal always: whoever types may want to quit a guest that does not read.
     fn has_room(&self) -> bool {
-        matches!(self.end, End::Stdio { terminal: Some(_), .. }) || self.pending.len() < MOST_PENDING
+        self.terminal().is_some() || self.pending.len() < MOST_PENDING
     }
 
     fn read_input(&mut self) -> Vec<Command> {
@@ -211,10 +224,6 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         self.output.flush();
-        if let End::Socket { path, .. } = &self.end {
-            // Somebody may have removed it already: then there is nothing to tidy.
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
 
@@ -256,21 +265,10 @@ fn open_pty() -> io::Result<(End, Option<OwnedFd>)> {
     Ok((End::Pty { input: master, _slave: slave }, Some(output)))
 }
 
-fn listen(path: &PathBuf) -> Result<End, LineError> {
-    let fail = |source| LineError::Socket { path: path.clone(), source };
-    if let Ok(found) = std::fs::symlink_metadata(path) {
-        use std::os::unix::fs::FileTypeExt;
-        if !found.file_type().is_socket() {
-            return Err(LineError::NotASocket(path.clone()));
-        }
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(LineError::SocketBusy(path.clone()));
-        }
-        std::fs::remove_file(path).map_err(fail)?;
-    }
-    let listener = UnixListener::bind(path).map_err(fail)?;
-    listener.set_nonblocking(true).map_err(fail)?;
-    Ok(End::Socket { listener, path: path.clone(), client: None })
+fn open_socket(path: &Path) -> Result<End, LineError> {
+    let (listener, file) =
+        socket::listen(path).map_err(|source| LineError::Socket { path: path.to_owned(), source })?;
+    Ok(End::Socket { listener, _file: file, client: None })
 }
 
 /// Which of `what` `fd` is ready for now, and whether it has hung up. Standard input may be shared with a shell, so it

@@ -4,12 +4,11 @@
 //! address in ebx.
 
 use std::fs::File;
+use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{
-    Boot, BootError, Loaded, check_kernel, copy, load_initrd, memory_map, read_header, write_command_line,
-};
+use super::{Boot, BootError, KernelError, Loaded, check_kernel, copy, memory_map, read_header};
 use crate::arch::x86_64::layout::{ACPI_TABLES, COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
 use crate::arch::x86_64::regs;
 use crate::kvm::vcpu::EntryState;
@@ -50,31 +49,56 @@ struct Segment {
     memory_size: u64,
 }
 
-pub(super) fn load(ram: &GuestRam, boot: &Boot) -> Result<EntryState, BootError> {
-    let memory = ram.memory();
-    let segments = read_segments(&boot.kernel)?;
-    let entry = pvh_entry(&boot.kernel, &segments)?;
-    let kernel_end = load_segments(ram, &boot.kernel, &segments)?;
-    write_command_line(memory, &boot.command_line, MOST_COMMAND_LINE)?;
-    let initrd = boot
-        .initrd
-        .as_ref()
-        .map(|initrd| load_initrd(memory, initrd, kernel_end, HIGHEST_INITRD))
-        .transpose()?;
-    write_start_info(memory, boot, initrd)?;
-    Ok(regs::protected_mode(memory, entry.into(), PVH_START_INFO)?)
+/// A kernel that fits.
+pub(super) struct Elf {
+    /// Those that are loaded.
+    segments: Vec<Segment>,
+    /// Where they lie.
+    range: Range<u64>,
+    entry: u32,
+    initrd: Option<Loaded>,
 }
 
-fn read_segments(kernel: &File) -> Result<Vec<Segment>, BootError> {
+impl Elf {
+    pub(super) fn read(boot: &Boot, ram_end: u64) -> Result<Self, BootError> {
+        let refuse = |error| boot.kernel(error);
+        let kernel = &boot.kernel.file;
+        let mut segments = read_segments(kernel).map_err(refuse)?;
+        let entry = pvh_entry(kernel, &segments).map_err(refuse)?;
+        segments.retain(|segment| segment.kind == PT_LOAD && segment.memory_size > 0);
+        let range = place_segments(kernel, &segments, ram_end).map_err(refuse)?;
+        boot.check_command_line(MOST_COMMAND_LINE)?;
+        let initrd = boot.place_initrd(range.end, HIGHEST_INITRD, ram_end)?;
+        Ok(Self { segments, range, entry, initrd })
+    }
+
+    /// Memory reads as zeroes, so only what is in the file is written.
+    pub(super) fn load(self, ram: &GuestRam, boot: &Boot) -> Result<EntryState, BootError> {
+        let memory = ram.memory();
+        // An ELF kernel is where it stays, and what follows is what its allocator hands out first.
+        ram.take_huge_pages(self.range.start..self.range.end.saturating_add(FIRST_ALLOCATIONS));
+        for segment in &self.segments {
+            let target = Loaded { gpa: segment.paddr, size: segment.file_size };
+            copy(memory, &boot.kernel.file, segment.offset, target)
+                .map_err(|error| boot.kernel(KernelError::Read(error)))?;
+        }
+        boot.write_command_line(memory)?;
+        boot.copy_initrd(memory, self.initrd)?;
+        write_start_info(memory, boot, self.initrd)?;
+        Ok(regs::protected_mode(memory, self.entry.into(), PVH_START_INFO)?)
+    }
+}
+
+fn read_segments(kernel: &File) -> Result<Vec<Segment>, KernelError> {
     let mut header = [0; EHDR];
     read_header(kernel, &mut header, 0, "its ELF header is not complete")?;
     let (class, machine) = (header[4], u16_at(&header, 18));
     if class != CLASS_64 || machine != MACHINE_X86_64 {
-        return Err(BootError::NotX86_64 { machine, class });
+        return Err(KernelError::NotX86_64 { machine, class });
     }
     let (table, size, count) = (u64_at(&header, 32), u16_at(&header, 54), u16_at(&header, 56));
     if usize::from(size) != PHDR || count > MOST_HEADERS {
-        return Err(BootError::Truncated("its program headers are not those of a kernel"));
+        return Err(KernelError::Truncated("its program headers are not those of a kernel"));
     }
     let mut bytes = vec![0; PHDR * usize::from(count)];
     read_header(kernel, &mut bytes, table, "its program headers are not complete")?;
@@ -88,29 +112,25 @@ fn read_segments(kernel: &File) -> Result<Vec<Segment>, BootError> {
     Ok(segments.collect())
 }
 
-/// The end of the highest segment. Memory reads as zeroes, so only what is in the file is written.
-fn load_segments(ram: &GuestRam, kernel: &File, segments: &[Segment]) -> Result<u64, BootError> {
-    let loaded: Vec<_> = segments
-        .iter()
-        .filter(|segment| segment.kind == PT_LOAD && segment.memory_size > 0)
-        .map(|segment| (segment, segment.memory_size.max(segment.file_size)))
-        .collect();
-    let start = loaded.iter().map(|(segment, _)| segment.paddr).min();
-    let end = loaded.iter().map(|(segment, size)| segment.paddr.saturating_add(*size)).max();
-    let Some((start, end)) = start.zip(end) else {
-        return Err(BootError::Truncated("it has nothing to load"));
-    };
-    check_kernel(ram.memory(), start, end - start)?;
-    // An ELF kernel is where it stays, and what follows is what its allocator hands out first.
-    ram.take_huge_pages(start..end.saturating_add(FIRST_ALLOCATIONS));
-    for (segment, _) in loaded {
-        let target = Loaded { gpa: segment.paddr, size: segment.file_size };
-        copy(ram.memory(), kernel, "kernel", segment.offset, target)?;
+/// The range of memory that the segments lie in.
+fn place_segments(kernel: &File, segments: &[Segment], ram_end: u64) -> Result<Range<u64>, KernelError> {
+    let length = kernel.metadata().map_err(KernelError::Read)?.len();
+    let in_file =
+        |segment: &Segment| segment.offset.checked_add(segment.file_size).is_some_and(|end| end <= length);
+    if !segments.iter().all(in_file) {
+        return Err(KernelError::Truncated("a segment is not complete"));
     }
-    Ok(end)
+    let size = |segment: &Segment| segment.memory_size.max(segment.file_size);
+    let start = segments.iter().map(|segment| segment.paddr).min();
+    let end = segments.iter().map(|segment| segment.paddr.saturating_add(size(segment))).max();
+    let Some((start, end)) = start.zip(end) else {
+        return Err(KernelError::Truncated("it has nothing to load"));
+    };
+    check_kernel(start, end - start, ram_end)?;
+    Ok(start..end)
 }
 
-fn pvh_entry(kernel: &File, segments: &[Segment]) -> Result<u32, BootError> {
+fn pvh_entry(kernel: &File, segments: &[Segment]) -> Result<u32, KernelError> {
     for segment in segments.iter().filter(|segment| segment.kind == PT_NOTE) {
         let mut notes = vec![0; segment.file_size.min(MOST_NOTES) as usize];
         read_header(kernel, &mut notes, segment.offset, "its notes are not complete")?;
@@ -118,7 +138,7 @@ fn pvh_entry(kernel: &File, segments: &[Segment]) -> Result<u32, BootError> {
             return Ok(entry);
         }
     }
-    Err(BootError::NoPvhEntry)
+    Err(KernelError::NoPvhEntry)
 }
 
 /// Walks notes of the form: owner size, description size, type, owner, description; the latter two padded to 4.

@@ -10,28 +10,33 @@ fn ram(size: u64) -> GuestRam {
     GuestRam::new(&options, &[RamRegion { gpa: 0, size, file_offset: 0 }]).unwrap()
 }
 
-fn file(bytes: &[u8]) -> File {
+fn file(path: &str, bytes: &[u8]) -> BootFile {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
-    file
+    BootFile { path: path.into(), file }
 }
 
+/// Loads it, and demands that the files alone are judged in the same way.
 fn boot(size: u64, kernel: &[u8], initrd: Option<&[u8]>, line: &str) -> Result<EntryState, String> {
     let boot = Boot {
-        kernel: file(kernel),
-        initrd: initrd.map(file),
+        kernel: file("vmlinuz", kernel),
+        initrd: initrd.map(|initrd| file("initrd.img", initrd)),
         command_line: line.to_owned(),
         acpi_tables: b"RSD PTR ".to_vec(),
         reset_vector: reset_vector(0x602, 1),
         reserved: Vec::new(),
     };
-    boot.load(&ram(size)).map_err(|error| error.to_string())
+    let loaded = boot.load(&ram(size)).map_err(|error| error.to_string());
+    let checked = boot.check(size).map_err(|error| error.to_string());
+    assert_eq!(checked.as_ref().err(), loaded.as_ref().err());
+    loaded
 }
 
 /// A bzImage of one real-mode sector whose kernel proper is 4 KiB of `0xcc`, to be at 16 MiB with 8 MiB of room.
 fn bzimage() -> Vec<u8> {
     let mut bytes = vec![0; 1024];
     bytes[0x1f1] = 1;
+    bytes[0x1f4..0x1f8].copy_from_slice(&(4096_u32 / 16).to_le_bytes());
     bytes[0x201] = 0x6a;
     bytes[0x202..0x206].copy_from_slice(b"HdrS");
     bytes[0x206..0x208].copy_from_slice(&0x020f_u16.to_le_bytes());
@@ -74,8 +79,8 @@ fn elf(paddr: u64, memory_size: u64, pvh: bool) -> Vec<u8> {
 fn a_bzimage_starts_in_long_mode_at_its_64_bit_entry() {
     let ram = ram(64 * MIB);
     let boot = Boot {
-        kernel: file(&bzimage()),
-        initrd: Some(file(&[0x55; 5000])),
+        kernel: file("vmlinuz", &bzimage()),
+        initrd: Some(file("initrd.img", &[0x55; 5000])),
         command_line: "quiet".to_owned(),
         acpi_tables: b"RSD PTR ".to_vec(),
         reset_vector: reset_vector(0x602, 1),
@@ -112,6 +117,7 @@ fn an_elf_kernel_starts_in_protected_mode_at_its_pvh_entry() {
 #[test]
 fn what_is_no_kernel_is_refused_with_its_first_bytes() {
     let error = boot(64 * MIB, b"#!/bin/sh\n", None, "").unwrap_err();
+    assert!(error.starts_with("--kernel vmlinuz: is neither a bzImage nor"), "{error}");
     assert!(error.contains("it starts with 23 21 2f 62 69 6e 2f 73, and"), "{error}");
     assert!(boot(64 * MIB, b"", None, "").unwrap_err().contains("nothing: it is empty"));
     let error = boot(64 * MIB, &elf(16 * MIB, MIB, false), None, "").unwrap_err();
@@ -128,20 +134,31 @@ fn what_does_not_fit_is_refused_with_figures() {
     assert!(error.contains("does not fit"), "{error}");
     let error = boot(25 * MIB, &bzimage(), Some(&vec![1; 2 * MIB as usize]), "").unwrap_err();
     assert!(
-        error.contains("initrd of 2097152 bytes") && error.contains("there are 1048576 bytes"),
+        error.starts_with("--initrd initrd.img: its 2097152 bytes")
+            && error.contains("there are 1048576 bytes"),
         "{error}"
     );
     let error = boot(64 * MIB, &bzimage(), None, &"x".repeat(2048)).unwrap_err();
-    assert_eq!(error, "the command line is 2048 bytes long, and this kernel takes 2047");
+    assert_eq!(error, "--append: the command line is 2048 bytes long, and this kernel takes 2047");
 }
 
 #[test]
 fn a_truncated_kernel_is_an_error() {
-    for (kernel, least) in [(bzimage(), 1024 + 1), (elf(16 * MIB, 4096, true), 0x2000)] {
-        for length in (0..least).step_by(61) {
+    for kernel in [bzimage(), elf(16 * MIB, 4096, true)] {
+        assert!(boot(24 * MIB, &kernel, None, "").is_ok());
+        for length in (0..kernel.len()).step_by(61).chain([kernel.len() - 1]) {
             assert!(boot(24 * MIB, &kernel[..length], None, "").is_err(), "{length} bytes");
         }
     }
+    let error = boot(24 * MIB, &bzimage()[..2048], None, "").unwrap_err();
+    assert!(
+        error.contains("its header promises 4096 bytes after the real-mode part, and there are 1024"),
+        "{error}"
+    );
+    // Signed kernels have something after what the header counts.
+    let mut signed = bzimage();
+    signed.extend([0; 700]);
+    assert!(boot(24 * MIB, &signed, None, "").is_ok());
 }
 
 #[test]
