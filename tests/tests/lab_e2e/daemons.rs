@@ -9,6 +9,7 @@ use cleave_tests::vm::{Outcome, Vm};
 
 pub const CASES: &[crate::Case] = &[
     ("daemons::a_killed_daemon_costs_only_its_device", killed),
+    ("daemons::a_killed_or_hung_daemon_has_a_successor", replaced),
     ("daemons::a_killed_vmm_leaves_no_daemon", killed_vmm),
     ("daemons::a_daemon_that_comes_up_later_is_waited_for", later),
     ("daemons::qemu_storage_daemon_serves_a_disk", qemu_storage_daemon),
@@ -27,13 +28,26 @@ fn alive(vm: &mut Vm, mark: u32) -> Outcome<()> {
 }
 
 fn kill(pid: u32) -> Outcome<()> {
-    let status = Command::new("kill").args(["-9", &pid.to_string()]).status();
+    signal("-KILL", pid)
+}
+
+fn signal(signal: &str, pid: u32) -> Outcome<()> {
+    let status = Command::new("kill").args([signal, &pid.to_string()]).status();
     status.map(|_| ()).map_err(|error| format!("kill: {error}"))
+}
+
+/// The one daemon of a machine.
+fn daemon(vm: &Vm) -> Outcome<u32> {
+    match processes("cleave-block", Some(vm.pid()))[..] {
+        [pid] => Ok(pid),
+        ref other => Err(format!("expected one daemon, found {other:?}")),
+    }
 }
 
 fn killed(rig: &Rig) -> Outcome<()> {
     let (first, second) = (rig.blank("first", 1 << 20)?, rig.blank("second", 1 << 20)?);
-    let mut vm = rig.shell().disk(&first, "").disk(&second, "").with(["--cpus", "2"]).start()?;
+    let guest = rig.shell().disk(&first, ",restart=never").disk(&second, ",restart=never");
+    let mut vm = guest.with(["--cpus", "2"]).start()?;
     vm.expect("SHELL", BOOT)?;
     alive(&mut vm, 1)?;
     let daemons = processes("cleave-block", Some(vm.pid()));
@@ -45,6 +59,31 @@ fn killed(rig: &Rig) -> Outcome<()> {
     vm.send("for d in vda vdb; do (dd if=/dev/$d of=/dev/null bs=4k count=1 iflag=direct && echo READ-$((6 * 6))) & done")?;
     vm.expect("READ-36", SOON)?;
     alive(&mut vm, 3)?;
+    vm.send("poweroff -f")?;
+    vm.finish(DEADLINE)?;
+    nothing_left_behind()
+}
+
+fn replaced(rig: &Rig) -> Outcome<()> {
+    let disk = rig.blank("disk", 1 << 20)?;
+    let mut vm = rig.shell().disk(&disk, "").with(["--cpus", "2"]).start()?;
+    vm.expect("SHELL", BOOT)?;
+    let read = "dd if=/dev/vda of=/dev/null bs=4k count=16 iflag=direct && echo READ";
+    for mark in 1..=3 {
+        kill(daemon(&vm)?)?;
+        vm.expect_error("disk0 is back after", SOON)?;
+        vm.send(&format!("{read}-$(({mark} * 7))"))?;
+        vm.expect(&format!("READ-{}", mark * 7), SOON)?;
+    }
+    // With work for it, one that hangs is found, ended and replaced.
+    signal("-STOP", daemon(&vm)?)?;
+    vm.send(&format!("({read}-$((6 * 9))) &"))?;
+    vm.expect_error("disk0 is lost: the daemon did not answer", DEADLINE)?;
+    vm.expect_error("disk0 is back after", SOON)?;
+    alive(&mut vm, 1)?;
+    signal("-USR1", vm.pid())?;
+    let table = vm.expect_error("disk0 ", SOON)?;
+    says(&table, "RESTARTS")?;
     vm.send("poweroff -f")?;
     vm.finish(DEADLINE)?;
     nothing_left_behind()

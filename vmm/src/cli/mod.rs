@@ -40,7 +40,7 @@ Examples:
         --device type=rng,socket=/run/rng.sock,wait=2min
 
 With --uart stdio, Ctrl-A x quits and Ctrl-A h lists the keys. SIGTERM presses the guest's power button; a second
-one, or SIGINT, stops the machine at once.";
+one, or SIGINT, stops the machine at once. SIGUSR1 prints how the devices are.";
 
 /// A virtual machine monitor whose devices are processes of their own, over vhost-user
 #[derive(Debug, Parser)]
@@ -95,13 +95,16 @@ pub struct RunArgs {
 
     /// Add a disk, served by a cleave-block that is started for it:
     /// PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
+    /// [,restart=always|on-failure|never][,restart-limit=N]
     /// [,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]
     ///
     /// PATH is an image file or a block device. queues= is the number of vCPUs, at most 4, unless given. cache=none
-    /// bypasses the host's page cache; the default is writeback. on-full=pause keeps writes that find no room on the host
-    /// until there is some. poll-us= lets the daemon look for work so long before it sleeps. cpus=0-1 are host CPUs for its
-    /// queues. throttle.iops-total=, throttle.bps-write= and so on limit rates: 'cleave-block --help' lists the keys. A
-    /// comma in a value is written twice.
+    /// bypasses the host's page cache; the default is writeback. A daemon that ends is started again, and what the guest
+    /// had asked of it is done: always unless restart= says otherwise (on-failure: not after exit code 0), and without
+    /// end unless restart-limit= says how often. on-full=pause keeps writes that find no room on the host until there is
+    /// some. poll-us= lets the daemon look for work so long before it sleeps. cpus=0-1 are host CPUs for its queues.
+    /// throttle.iops-total=, throttle.bps-write= and so on limit rates: 'cleave-block --help' lists the keys. A comma in a
+    /// value is written twice.
     #[arg(long, value_name = "PATH|KEYS", value_parser = |text: &str| options::parse::<DiskConfig>(text, Some("path")))]
     disk: Vec<DiskConfig>,
 

@@ -12,7 +12,7 @@ use cleave_common::virtio::DeviceType;
 use serde::{Deserialize, Deserializer};
 
 /// `--disk PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`, and
-/// `[,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]`.
+/// `[,restart=always|on-failure|never][,restart-limit=N][,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
@@ -28,6 +28,10 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number, at most 20 bytes.
     pub serial: Option<String>,
     pub id: Option<String>,
+    #[serde(default)]
+    pub restart: Restart,
+    /// How often its daemon is started again at most, in the machine's life; without end if absent.
+    pub restart_limit: Option<u32>,
     #[serde(default)]
     pub on_full: OnFull,
     /// How long the daemon may look for work before it sleeps, in microseconds; it does not look if absent.
@@ -60,6 +64,17 @@ pub enum OnFull {
     Error,
     /// It waits.
     Pause,
+}
+
+/// Whether a daemon of ours that ends is started again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    #[default]
+    Always,
+    /// Unless it ended with exit code 0.
+    OnFailure,
+    Never,
 }
 
 /// What stands between the guest's writes and the medium.

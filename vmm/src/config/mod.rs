@@ -16,7 +16,7 @@ use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
-pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull};
+pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig};
 pub use uart::UartConfig;
