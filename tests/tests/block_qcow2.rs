@@ -10,7 +10,7 @@ use std::process::Output;
 use cleave_tests::cache::{Cache, target_directory};
 use cleave_tests::driver::{BlockDriver, Buffer, Daemon, DriverError, IoStatus, RequestKind};
 use cleave_tests::tools::Tools;
-use common::{MIB, pattern};
+use common::{MIB, pattern, tmpfs};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -62,9 +62,11 @@ impl Bench {
         fs::read(self.path("content")).unwrap()
     }
 
-    /// Errors in the tables, and whether clusters are leaked.
+    /// Errors in the tables, and whether clusters are leaked; of a copy, for the lock of one that was killed goes with
+    /// its rings, a moment later.
     fn check(&self, image: &str) -> (bool, bool) {
-        let output = self.try_qemu("qemu-img", &format!("check -f qcow2 {image}"));
+        fs::copy(self.path(image), self.path("copy")).unwrap();
+        let output = self.try_qemu("qemu-img", "check -f qcow2 copy");
         match output.status.code() {
             Some(0) => (false, false),
             Some(3) => (false, true),
@@ -216,6 +218,72 @@ fn a_snapshot_keeps_what_it_has() {
 }
 
 #[test]
+fn discarded_and_zeroed_ranges() {
+    const LEN: usize = 4 << 20;
+    for (create, backed) in [("", false), ("-o compat=0.10", false), ("-b base -F raw", true)] {
+        let bench = Bench::new();
+        bench.file("base", &pattern(6, LEN));
+        bench.img(format!("create -q -f qcow2 {create} disk 4M").replace("  ", " ").as_str());
+        let daemon = bench.start("disk", &["--cache", "none"]);
+        let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+        let mut expected = if backed { pattern(6, LEN) } else { vec![0; LEN] };
+        write_here_and_there(&mut driver, &mut expected, 2);
+        for (sector, sectors, flags) in [(8, 16, 0), (1024, 2048, 1), (4096 + 8, 1000, 0), (8184, 8, 1)] {
+            let segments = [(sector, sectors, flags)];
+            assert_eq!(driver.deallocate(RequestKind::WriteZeroes, &segments).unwrap(), IoStatus::Ok);
+            expected[sector as usize * 512..][..sectors as usize * 512].fill(0);
+        }
+        assert!(read_all(&mut driver, LEN) == expected, "{create}");
+        assert_eq!(driver.deallocate(RequestKind::Discard, &[(2048, 1024, 0)]).unwrap(), IoStatus::Ok);
+        let (status, discarded) = driver.read(2048, 512 << 10).unwrap();
+        assert_eq!(status, IoStatus::Ok);
+        expected[1 << 20..][..512 << 10].copy_from_slice(&discarded);
+        write_here_and_there(&mut driver, &mut expected, 5);
+        assert!(read_all(&mut driver, LEN) == expected, "{create}, written over");
+        end(daemon);
+        assert!(bench.content("disk") == expected, "{create}");
+        assert_eq!(bench.check("disk"), (false, false), "{create}");
+    }
+}
+
+#[test]
+fn a_full_file_system_costs_only_what_finds_no_room() {
+    const CHUNK: usize = 256 << 10;
+    let ram = tmpfs(8 * MIB);
+    let bench = Bench::new();
+    let disk = ram.path().join("disk");
+    bench.img(&format!("create -q -f qcow2 {} 32M", disk.display()));
+    let daemon = bench.start(disk.to_str().unwrap(), &[]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 1).unwrap();
+    let mut expected = vec![0; 32 << 20];
+    let mut chunks = 0;
+    let write = |driver: &mut BlockDriver, at: usize| {
+        let bytes = pattern(at as u64, CHUNK);
+        (driver.write((at * CHUNK / 512) as u64, &bytes).unwrap(), bytes)
+    };
+    loop {
+        let (status, bytes) = write(&mut driver, chunks);
+        if status != IoStatus::Ok {
+            break;
+        }
+        expected[chunks * CHUNK..][..CHUNK].copy_from_slice(&bytes);
+        chunks += 1;
+    }
+    assert!((16..32).contains(&chunks), "{chunks} found room");
+    assert!(!bench.check(disk.to_str().unwrap()).0);
+    ram.resize(64 * MIB);
+    for at in chunks..chunks + 20 {
+        let (status, bytes) = write(&mut driver, at);
+        assert_eq!(status, IoStatus::Ok, "there is room again");
+        expected[at * CHUNK..][..CHUNK].copy_from_slice(&bytes);
+    }
+    assert!(read_all(&mut driver, 32 << 20) == expected);
+    end(daemon);
+    assert!(bench.content(disk.to_str().unwrap()) == expected);
+    assert!(!bench.check(disk.to_str().unwrap()).0);
+}
+
+#[test]
 fn read_only_images_are_left_alone() {
     let bench = Bench::new();
     bench.file("raw", &pattern(2, 1 << 20));
@@ -252,12 +320,12 @@ fn write_until_killed(
     let mut under_way: HashMap<(usize, u16), (usize, u64)> = HashMap::new();
     let mut completed = 0;
     while completed < after {
-        for queue in 0..2 {
-            while let Some(place) = free[queue].pop() {
+        for (queue, free) in free.iter_mut().enumerate() {
+            while let Some(place) = free.pop() {
                 *sequence += 1;
                 let block = (sequence.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % blocks.len();
                 if blocks[block].in_flight.is_some() {
-                    free[queue].push(place);
+                    free.push(place);
                     break;
                 }
                 driver.ram.write(place, &sequence.to_le_bytes().repeat(BLOCK / 8))?;
@@ -286,12 +354,12 @@ fn reap(
     free: &mut [Vec<u64>; 2],
 ) -> Result<usize, DriverError> {
     let mut count = 0;
-    for queue in 0..2 {
+    for (queue, free) in free.iter_mut().enumerate() {
         while let Some((head, _)) = driver.queues[queue].pop_used(&driver.ram)? {
             assert_eq!(driver.status(queue, head)?, IoStatus::Ok);
             let (block, place) = under_way.remove(&(queue, head)).unwrap();
             blocks[block].completed = blocks[block].in_flight.take().unwrap();
-            free[queue].push(place);
+            free.push(place);
             count += 1;
         }
     }
