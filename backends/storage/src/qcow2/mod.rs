@@ -66,12 +66,16 @@ struct Shared {
 #[derive(Debug)]
 pub(crate) struct Mapped {
     shared: Arc<Shared>,
-    /// `None` only while it is dropped.
-    jobs: Option<mpsc::Sender<worker::Job>>,
-    worker: Option<JoinHandle<()>>,
+    worker: Mutex<Option<Worker>>,
 }
 
-/// Opens the chain behind `path` and starts its worker.
+#[derive(Debug)]
+struct Worker {
+    jobs: mpsc::Sender<worker::Job>,
+    thread: JoinHandle<()>,
+}
+
+/// Opens the chain behind `path`.
 pub(crate) fn open(
     path: &Path,
     read_only: bool,
@@ -92,13 +96,7 @@ pub(crate) fn open(
         undurable: AtomicBool::new(false),
         ports: Mutex::default(),
     });
-    let (jobs, inbox) = mpsc::channel();
-    let for_worker = shared.clone();
-    let worker = thread::Builder::new()
-        .name("qcow2".to_owned())
-        .spawn(move || worker::run(&for_worker, &inbox))
-        .map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
-    Ok((files, Mapped { shared, jobs: Some(jobs), worker: Some(worker) }))
+    Ok((files, Mapped { shared, worker: Mutex::default() }))
 }
 
 impl Mapped {
@@ -107,23 +105,37 @@ impl Mapped {
         self.shared.access.size()
     }
 
-    /// A queue's way to the image.
+    /// A queue's way to the image. The first one starts the worker: a thread has the confinement of the one that starts
+    /// it, and a daemon confines itself after it has opened the image.
     pub(crate) fn port(&self) -> io::Result<Arc<Port>> {
-        let (Some(jobs), Some(worker)) = (&self.jobs, &self.worker) else {
-            return Err(io::ErrorKind::BrokenPipe.into());
+        let mut worker = lock(&self.worker);
+        let worker = match &mut *worker {
+            Some(worker) => worker,
+            none => none.insert(Worker::start(&self.shared)?),
         };
-        let port = Arc::new(Port::new(self.shared.clone(), jobs.clone(), worker.thread().clone())?);
+        let (jobs, thread) = (worker.jobs.clone(), worker.thread.thread().clone());
+        let port = Arc::new(Port::new(self.shared.clone(), jobs, thread)?);
         lock(&self.shared.ports).push(port.clone());
         Ok(port)
+    }
+}
+
+impl Worker {
+    fn start(shared: &Arc<Shared>) -> io::Result<Self> {
+        let (jobs, inbox) = mpsc::channel();
+        let shared = shared.clone();
+        let thread =
+            thread::Builder::new().name("qcow2".to_owned()).spawn(move || worker::run(&shared, &inbox))?;
+        Ok(Self { jobs, thread })
     }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
         lock(&self.shared.ports).clear();
-        self.jobs = None;
-        if let Some(worker) = self.worker.take() {
-            let _ = worker.join();
+        if let Some(Worker { jobs, thread }) = lock(&self.worker).take() {
+            drop(jobs);
+            let _ = thread.join();
         }
     }
 }
