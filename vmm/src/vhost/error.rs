@@ -18,6 +18,8 @@ pub enum SessionError {
     NotASocket(PathBuf),
     #[error("the daemon did not answer {request} within {} s{}", limit.as_secs_f64(), who_hangs(*request))]
     Timeout { request: FrontendRequest, limit: Duration },
+    #[error("the daemon did not answer within {} s, and its rings stand still", .0.as_secs_f64())]
+    Hangs(Duration),
     #[error("the daemon closed the connection at {request}{}", who_closes(*request))]
     Closed { request: FrontendRequest },
     #[error("the daemon closed the connection")]

@@ -171,7 +171,12 @@ impl Negotiated {
     /// Any request with an answer will do, as long as every daemon answers it at any time.
     pub(super) fn are_you_there(&mut self) -> Result<(), SessionError> {
         let limit = self.limit();
-        self.wire.ask::<u64>(FrontendRequest::GetFeatures, &(), limit).map(|_| ())
+        match self.wire.ask::<u64>(FrontendRequest::GetFeatures, &(), limit) {
+            Ok(_) => Ok(()),
+            Err(SessionError::Timeout { limit, .. }) => Err(SessionError::Hangs(limit)),
+            Err(SessionError::Closed { .. }) => Err(SessionError::HungUp),
+            Err(error) => Err(error),
+        }
     }
 
     /// Passes a driver's write on; a daemon may refuse it.
