@@ -6,9 +6,10 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::time::Instant;
 
 use cleave_tests::cache::{Cache, target_directory};
-use cleave_tests::driver::{BlockDriver, Buffer, Daemon, DriverError, IoStatus, RequestKind};
+use cleave_tests::driver::{BlockDriver, Buffer, Daemon, DriverError, IoStatus, PATIENCE, RequestKind};
 use cleave_tests::tools::Tools;
 use common::{MIB, pattern, tmpfs};
 use rustix::process::Signal;
@@ -62,11 +63,18 @@ impl Bench {
         fs::read(self.path("content")).unwrap()
     }
 
-    /// Errors in the tables, and whether clusters are leaked; of a copy, for the lock of one that was killed goes with
-    /// its rings, a moment later.
+    /// Errors in the tables, and whether clusters are leaked; of a copy, so that a daemon may have the image. The locks of
+    /// one that was killed, on a backing file for one, go with its rings, a moment later.
     fn check(&self, image: &str) -> (bool, bool) {
         fs::copy(self.path(image), self.path("copy")).unwrap();
-        let output = self.try_qemu("qemu-img", "check -f qcow2 copy");
+        let deadline = Instant::now() + PATIENCE;
+        let output = loop {
+            let output = self.try_qemu("qemu-img", "check -f qcow2 copy");
+            let is_locked = String::from_utf8_lossy(&output.stderr).contains(" lock");
+            if !is_locked || Instant::now() > deadline {
+                break output;
+            }
+        };
         match output.status.code() {
             Some(0) => (false, false),
             Some(3) => (false, true),
