@@ -1,47 +1,51 @@
-//! How long to look for work before sleeping: as long as it pays, and not at all on an idle disk.
+//! When to look for work before sleeping: while that pays, and hardly ever on a disk where it does not.
 //!
 //! ```text
-//!   work came within the window: keep it | after it, within the limit: longer | later than the limit: half, then none
+//!   looked, and work came: look again the next time
+//!   looked in vain:        sleep at once the next 1, 2, 4 ... 64 times, then look again
 //! ```
+//!
+//! How long a sleep was says little: waking up may take longer than the work took to come. So this counts rests, not time;
+//! an idle disk has few rests, and of those one in 64 looks.
 
 use std::time::Duration;
 
-/// The first window that is worth its two looks at the clock.
-const FIRST: Duration = Duration::from_micros(4);
+/// Most rests between two looks.
+const MAX_SKIPS: u32 = 64;
 
-/// One queue's window. A limit of zero turns polling off.
+/// One queue's decision. A limit of zero turns polling off.
 #[derive(Debug)]
 pub(crate) struct Polling {
     limit: Duration,
-    window: Duration,
+    /// Rests left until the next look.
+    skip: u32,
+    /// Rests to skip after the next look in vain, less one doubling.
+    last_skips: u32,
 }
 
 impl Polling {
     pub(crate) fn new(limit: Duration) -> Self {
-        Self { limit, window: Duration::ZERO }
+        Self { limit, skip: 0, last_skips: 0 }
     }
 
-    pub(crate) fn is_on(&self) -> bool {
-        !self.limit.is_zero()
-    }
-
-    /// How long to look before sleeping now.
-    pub(crate) fn window(&self) -> Duration {
-        self.window
-    }
-
-    /// Work came after `idle`, looked for or slept for.
-    pub(crate) fn came_after(&mut self, idle: Duration) {
-        if idle <= self.window {
-            return;
+    /// How long to look this time; `None`: sleep at once.
+    pub(crate) fn next(&mut self) -> Option<Duration> {
+        if self.limit.is_zero() {
+            return None;
         }
-        self.window = if idle <= self.limit {
-            (2 * self.window).max(FIRST).min(self.limit)
-        } else if self.window > FIRST {
-            self.window / 2
-        } else {
-            Duration::ZERO
-        };
+        match self.skip.checked_sub(1) {
+            Some(left) => {
+                self.skip = left;
+                None
+            }
+            None => Some(self.limit),
+        }
+    }
+
+    /// The look ended with work, or in vain.
+    pub(crate) fn looked(&mut self, found: bool) {
+        self.last_skips = if found { 0 } else { (2 * self.last_skips).clamp(1, MAX_SKIPS) };
+        self.skip = self.last_skips;
     }
 }
 
@@ -49,37 +53,34 @@ impl Polling {
 mod tests {
     use super::*;
 
-    const US: Duration = Duration::from_micros(1);
+    const LIMIT: Duration = Duration::from_micros(50);
 
-    #[test]
-    fn grows_while_it_pays_up_to_the_limit() {
-        let mut polling = Polling::new(50 * US);
-        let mut windows = Vec::new();
-        for _ in 0..6 {
-            polling.came_after(40 * US);
-            windows.push(polling.window().as_micros());
+    /// Of `rests`, how many looked, where looks end as `found` says.
+    fn looks(polling: &mut Polling, rests: u32, found: bool) -> u32 {
+        let mut looks = 0;
+        for _ in 0..rests {
+            if let Some(limit) = polling.next() {
+                assert_eq!(limit, LIMIT);
+                polling.looked(found);
+                looks += 1;
+            }
         }
-        assert_eq!(windows, [4, 8, 16, 32, 50, 50]);
+        looks
     }
 
     #[test]
-    fn ends_soon_on_an_idle_disk() {
-        let mut polling = Polling::new(100 * US);
-        (0..10).for_each(|_| polling.came_after(90 * US));
-        assert_eq!(polling.window(), 100 * US);
-        let turns = (0..).take_while(|_| {
-            polling.came_after(Duration::from_secs(1));
-            !polling.window().is_zero()
-        });
-        assert!(turns.count() <= 6);
-        polling.came_after(Duration::from_secs(1));
-        assert!(polling.window().is_zero());
+    fn looks_always_while_it_pays_and_soon_hardly_ever_when_it_does_not() {
+        let mut polling = Polling::new(LIMIT);
+        assert_eq!(looks(&mut polling, 100, true), 100);
+        // The last that paid, then after 1, 2, 4, 8, 16, 32 and 64 sleeps.
+        assert_eq!(looks(&mut polling, 1 + 127 + 7, false), 8);
+        assert_eq!(looks(&mut polling, 65 * 10, false), 10);
+        // One that pays is enough to look again.
+        assert_eq!(looks(&mut polling, 64 + 100, true), 100);
     }
 
     #[test]
     fn off_is_off() {
-        let mut polling = Polling::new(Duration::ZERO);
-        polling.came_after(US);
-        assert!(!polling.is_on() && polling.window().is_zero());
+        assert_eq!(Polling::new(Duration::ZERO).next(), None);
     }
 }

@@ -181,16 +181,14 @@ impl<'e> Queue<'e> {
 
     /// Hands over what has been fetched and waits for anything to happen: first with open eyes, if that has paid lately.
     fn rest(&mut self) -> io::Result<()> {
-        if !self.polling.is_on() {
-            return self.sleep();
+        if let Some(limit) = self.polling.next() {
+            let found = self.look(Instant::now() + limit)?;
+            self.polling.looked(found);
+            if found {
+                return Ok(());
+            }
         }
-        let since = Instant::now();
-        let window = self.polling.window();
-        if window.is_zero() || !self.look(since + window)? {
-            self.sleep()?;
-        }
-        self.polling.came_after(since.elapsed());
-        Ok(())
+        self.sleep()
     }
 
     /// Looks for work until `end`. `true`: there is some.
