@@ -109,18 +109,18 @@ fn a_stock_kernel_in_qemu_writes_and_reads_its_disk() {
 /// Writes four files' worth to the disk, past the page cache and many at once, and reads all back.
 const WRITES: &str = r#"
 cd /tmp
-for n in 0 1 2 3; do dd if=/dev/urandom of=f$n bs=1M count=4 2>/dev/null; done
+for n in 0 1 2 3; do dd if=/dev/urandom of=f$n bs=1M count=1 2>/dev/null; done
 for round in 1 2 3 4 5 6 7 8; do
   echo ROUND $round
-  for n in 0 1 2 3; do dd if=f$n of=/dev/vda bs=4k seek=$((n * 1024)) oflag=direct conv=notrunc 2>/dev/null || echo FAILED; done &
+  for n in 0 1 2 3; do dd if=f$n of=/dev/vda bs=4k seek=$((n * 256)) oflag=direct conv=notrunc 2>/dev/null || echo FAILED; done &
   for n in 0 1 2 3; do
-    dd if=f$n of=/dev/vda bs=16k seek=$((1024 + n * 256)) oflag=direct conv=notrunc 2>/dev/null || echo FAILED
+    dd if=f$n of=/dev/vda bs=16k seek=$((1024 + n * 64)) oflag=direct conv=notrunc 2>/dev/null || echo FAILED
   done
   wait
 done
 for n in 0 1 2 3; do
-  dd if=/dev/vda bs=1M skip=$((n * 4)) count=4 iflag=direct 2>/dev/null | cmp - f$n && echo SAME
-  dd if=/dev/vda bs=1M skip=$((16 + n * 4)) count=4 iflag=direct 2>/dev/null | cmp - f$n && echo SAME
+  dd if=/dev/vda bs=1M skip=$n count=1 iflag=direct 2>/dev/null | cmp - f$n && echo SAME
+  dd if=/dev/vda bs=1M skip=$((16 + n)) count=1 iflag=direct 2>/dev/null | cmp - f$n && echo SAME
 done
 dmesg | grep -i "i/o error"
 "#;

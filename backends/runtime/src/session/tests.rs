@@ -1,7 +1,9 @@
+use std::cell::RefCell;
 use std::error::Error;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 
-use cleave_common::vhost_user::{BackendRequest, HEADER_LEN, Header};
+use cleave_common::vhost_user::{BackendRequest, HEADER_LEN, Header, MemoryRegion};
 use cleave_common::virtio::DeviceType;
 
 use super::*;
@@ -128,4 +130,94 @@ fn a_backend_channel_that_nobody_reads_is_not_waited_for() {
 #[test]
 fn a_backend_channel_is_a_socket() {
     assert!(BackendChannel::over(rustix::pipe::pipe().unwrap().0).is_none());
+}
+
+/// A device that leaves the serving of its queue to the test.
+#[derive(Default)]
+struct Leaving(Rc<RefCell<Option<Vring>>>);
+
+impl Device for Leaving {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn num_queues(&self) -> u16 {
+        1
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        16
+    }
+
+    fn ack_features(&mut self, _: u64) {}
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn write_config(&mut self, _: usize, _: &[u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Err("not writable".into())
+    }
+
+    fn start_queue(&mut self, vring: Vring) -> Result<(), Box<dyn Error + Send + Sync>> {
+        *self.0.borrow_mut() = Some(vring);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, _: QueueIndex) -> Option<Vring> {
+        self.0.borrow_mut().take()
+    }
+
+    fn reset(&mut self) {}
+}
+
+#[test]
+fn what_a_device_leaves_unfinished_comes_again_with_the_next_start() {
+    const USER: u64 = 1 << 32;
+    let served = Rc::new(RefCell::new(None));
+    let mut device = Leaving(served.clone());
+    let mut session = Session::new(&mut device);
+    let memory = crate::shared::sealed_memfd("memory", 0x4000).unwrap();
+    // The available ring at 0x1000: index 3, then heads 5, 6 and 7.
+    rustix::io::pwrite(&memory, &[0, 0, 3, 0, 5, 0, 6, 0, 7, 0], 0x1000).unwrap();
+    let region = MemoryRegion { guest_addr: 0, size: 0x4000, user_addr: USER, mmap_offset: 0 };
+    let table = MemoryTable { regions: vec![region] };
+    tell(&mut session, FrontendRequest::SetMemTable, &table, vec![memory]);
+    let wanted = Inflight { num_queues: 1, queue_size: 16, ..Inflight::default() };
+    let (made, fd) = InflightArea::create(wanted, 1).unwrap();
+    tell(&mut session, FrontendRequest::SetInflightFd, &made, vec![fd]);
+    let addr =
+        VringAddr { descriptor: USER, available: USER + 0x1000, used: USER + 0x2000, ..VringAddr::default() };
+    let state = |num| VringState { index: 0, num };
+    tell(&mut session, FrontendRequest::SetVringNum, &state(16), vec![]);
+    tell(&mut session, FrontendRequest::SetVringAddr, &addr, vec![]);
+    tell(&mut session, FrontendRequest::SetVringEnable, &state(1), vec![]);
+    let mut start = || {
+        let kick = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+        let which = VringFd { index: 0, no_fd: false };
+        tell(&mut session, FrontendRequest::GetVringBase, &state(0), vec![]);
+        tell(&mut session, FrontendRequest::SetVringKick, &which, vec![kick]);
+    };
+    let heads = || {
+        let mut served = served.borrow_mut();
+        let vring = served.as_mut().unwrap();
+        assert!(vring.remembers_in_flight());
+        std::iter::from_fn(|| vring.next_head().unwrap()).collect::<Vec<u16>>()
+    };
+    start();
+    assert_eq!(heads(), [5, 6, 7]);
+    served.borrow_mut().as_mut().unwrap().push_used(6, 0).unwrap();
+    // Whether it looked at them or not.
+    start();
+    start();
+    assert_eq!(heads(), [5, 7]);
+    for head in [7, 5] {
+        served.borrow_mut().as_mut().unwrap().push_used(head, 0).unwrap();
+    }
+    start();
+    assert_eq!(heads(), [0u16; 0]);
 }
