@@ -4,6 +4,7 @@
 //! Everything here is made once, from packages that Debian signs, and kept under `target/lab`; see [`cache`].
 
 pub mod cache;
+pub mod conformance;
 pub mod cpio;
 pub mod debian;
 pub mod driver;
