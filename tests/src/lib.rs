@@ -13,5 +13,6 @@ pub mod guest;
 pub mod kernel;
 pub mod lab;
 pub mod peers;
+pub mod survival;
 pub mod tools;
 pub mod vm;

@@ -70,6 +70,7 @@ fn a_verified_load_checks_what_it_reads() {
 #[test]
 fn any_socket_is_measured() {
     let image = disk(MIB);
+    refused(&["kill", "--file", path], 2, "--overwrite");
     let daemon = start(&image, &[]);
     let socket = daemon.socket.to_str().unwrap();
     let words = ["--socket", socket, "--rw", "read", "--bs", "64k", "--depth", "2"];

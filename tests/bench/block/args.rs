@@ -21,6 +21,7 @@ const EXAMPLES: &str = "Examples:
   block-bench --socket /run/disk.sock --rw read --bs 128k      whatever listens there
   block-bench --preset issue                                   every row of the project's table, with its targets
   block-bench conformance --socket /run/disk.sock --overwrite  what it does right and wrong
+  block-bench kill --kills 1000                                cleave-block is killed under verified load
 
 Exit codes: 0 all is well; 1 something failed, a check did, or a measurement is missing (a target that is missed is
 shown, not an error: machines differ); 2 the command line is wrong.";
@@ -29,6 +30,8 @@ shown, not an error: machines differ); 2 the command line is wrong.";
 pub enum Command {
     /// Check what any vhost-user block backend has to do
     Conformance(Conformance),
+    /// Kill cleave-block at random moments under verified load, and look what is lost
+    Kill(Kill),
 }
 
 #[derive(Debug, clap::Args)]
@@ -156,6 +159,40 @@ pub struct Conformance {
     pub json: bool,
 }
 
+#[derive(Debug, clap::Args)]
+pub struct Kill {
+    #[command(flatten)]
+    pub disk: Disk,
+
+    #[arg(long, default_value_t = 50)]
+    pub kills: u32,
+
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub queues: u16,
+
+    /// Requests in flight on each queue
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub depth: u16,
+
+    #[arg(long, default_value = "4k", value_parser = block_size)]
+    pub bs: ByteSize,
+
+    #[arg(long, value_enum, default_value_t = Cache::None)]
+    pub cache: Cache,
+
+    /// The moments of the kills follow from it; any if not given
+    #[arg(long)]
+    pub seed: Option<u64>,
+
+    /// More words for cleave-block
+    #[arg(last = true)]
+    pub daemon: Vec<String>,
+
+    /// One JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
     /// Random and sequential, on a disk and in memory, raw and qcow2, with the targets of the project
@@ -178,6 +215,13 @@ pub enum Peer {
 pub enum Format {
     Raw,
     Qcow2,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    None,
+    Writeback,
+    Writethrough,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

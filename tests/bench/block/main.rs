@@ -8,6 +8,7 @@ mod args;
 mod conformance;
 mod contender;
 mod fio;
+mod kill;
 mod plan;
 mod report;
 mod run;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = match &args.command {
         Some(Command::Conformance(args)) => conformance::run(args),
+        Some(Command::Kill(args)) => kill::run(args),
         None => run::run(&args.measure),
     };
     match outcome {

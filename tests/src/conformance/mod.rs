@@ -4,6 +4,7 @@
 //! written to. What is demanded is what the specifications demand of a device ("MUST"), and what every guest relies on.
 
 mod identity;
+mod inflight;
 mod requests;
 mod rings;
 mod sessions;
@@ -68,7 +69,7 @@ type Outcome = Result<(), End>;
 
 /// All checks, in the order in which they are to run.
 pub fn checks() -> Vec<Check> {
-    [identity::CHECKS, requests::CHECKS, rings::CHECKS, sessions::CHECKS].concat()
+    [identity::CHECKS, requests::CHECKS, rings::CHECKS, sessions::CHECKS, inflight::CHECKS].concat()
 }
 
 impl Check {

@@ -1,5 +1,6 @@
 //! A daemon under test: the real program, started, watched and ended.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -31,9 +32,23 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     })
 }
 
+fn launch(command: &mut Command, log: &Path) -> Result<Child> {
+    let log = fs::OpenOptions::new().create(true).append(true).open(log);
+    let program = command.get_program().display().to_string();
+    command
+        .env("CLEAVE_LOG", "debug")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log.map_err(DriverError::io("create a log"))?)
+        .spawn()
+        .map_err(DriverError::io(format!("start {program}")))
+}
+
 /// A running daemon. Dropping it kills it.
 pub struct Daemon {
     child: Child,
+    program: OsString,
+    args: Vec<OsString>,
     pub socket: PathBuf,
     _directory: tempfile::TempDir,
     log: PathBuf,
@@ -60,16 +75,10 @@ impl Daemon {
 
     fn spawn(mut command: Command, socket: PathBuf, directory: tempfile::TempDir) -> Result<Self> {
         let log = directory.path().join("log");
-        let file = fs::File::create(&log).map_err(DriverError::io("create a log"))?;
         let program = command.get_program().to_owned();
-        let child = command
-            .env("CLEAVE_LOG", "debug")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(file)
-            .spawn()
-            .map_err(DriverError::io(format!("start {}", program.display())))?;
-        let mut daemon = Self { child, socket, _directory: directory, log };
+        let args = command.get_args().map(Into::into).collect();
+        let child = launch(&mut command, &log)?;
+        let mut daemon = Self { child, program, args, socket, _directory: directory, log };
         daemon.wait_for_socket()?;
         Ok(daemon)
     }
@@ -87,6 +96,16 @@ impl Daemon {
             thread::sleep(Duration::from_millis(2));
         }
         Ok(())
+    }
+
+    /// Ends it as nothing else does (SIGKILL), and has a successor listen on the same socket.
+    pub fn kill_and_restart(&mut self) -> Result<()> {
+        if self.is_running() {
+            self.signal(Signal::KILL)?;
+            self.wait()?;
+        }
+        self.child = launch(Command::new(&self.program).args(&self.args), &self.log)?;
+        self.wait_for_socket()
     }
 
     pub fn connect(&self) -> Result<UnixStream> {

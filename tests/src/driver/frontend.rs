@@ -1,6 +1,6 @@
 //! The frontend's half of a vhost-user session, one request at a time.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
@@ -55,6 +55,7 @@ impl Frontend {
         let known = protocol::MQ
             | protocol::REPLY_ACK
             | protocol::CONFIG
+            | protocol::INFLIGHT_SHMFD
             | protocol::RESET_DEVICE
             | protocol::CONFIGURE_MEM_SLOTS;
         let protocol_features = self.ask::<u64>(Request::GetProtocolFeatures, &())? & known;
@@ -128,6 +129,18 @@ impl Frontend {
         let deadline = Some(Instant::now() + PATIENCE);
         self.channel.send(request, Flags::REQUEST, &payload.encode(), &[], deadline)?;
         Ok(self.answer(request)?.payload()?)
+    }
+
+    /// Sends a request that is answered with a payload and a descriptor.
+    pub fn ask_for_file<P: Payload>(
+        &mut self,
+        request: Request,
+        payload: &impl Payload,
+    ) -> Result<(P, OwnedFd)> {
+        let deadline = Some(Instant::now() + PATIENCE);
+        self.channel.send(request, Flags::REQUEST, &payload.encode(), &[], deadline)?;
+        let mut answer = self.answer(request)?;
+        Ok((answer.payload()?, answer.single_fd()?))
     }
 
     /// Sends a request without an answer of its own; once REPLY_ACK is negotiated, learns whether it was done.

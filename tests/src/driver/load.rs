@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use super::{BlockDriver, DriverError, Frontend, GuestRam, Negotiated, Result, SplitQueue, Vring};
+use super::{BlockDriver, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, Result, SplitQueue, Vring};
 pub use ledger::Ledger;
 use worker::{Slot, Worker};
 
@@ -158,6 +158,25 @@ impl Beside<'_> {
     /// Whether the load has ended with an error.
     pub fn has_failed(&self) -> bool {
         self.stop.abandoned.load(Ordering::Relaxed)
+    }
+
+    /// Goes on with a successor of the backend on the rings as they are: their base is the used index, and each is kicked
+    /// once, unless `kick` is not set.
+    pub fn resume(&mut self, frontend: Frontend, region: &InflightRegion, kick: bool) -> Result<()> {
+        *self.frontend = frontend;
+        *self.negotiated = self.frontend.negotiate(self.negotiated.acked)?;
+        self.frontend.set_mem_table(self.ram)?;
+        self.frontend.set_inflight(region)?;
+        for (vring, index) in self.vrings.iter().zip(0..) {
+            let base = vring.device_used_idx(self.ram)?;
+            self.frontend.start_queue(index, vring, base)?;
+            // The last backend may have ended between a completion and its interrupt.
+            vring.call_now()?;
+            if kick {
+                vring.kick_now()?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -10,6 +10,7 @@
 mod block;
 mod daemon;
 mod frontend;
+mod inflight;
 mod load;
 mod memory;
 mod process;
@@ -23,6 +24,7 @@ use cleave_common::vhost_user::{ChannelError, Malformed};
 pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
 pub use daemon::{Daemon, binary};
 pub use frontend::{Frontend, Negotiated, USER_BASE};
+pub use inflight::InflightRegion;
 pub use load::{Beside, Extent, Ledger, Load, Report};
 pub use memory::GuestRam;
 pub use process::Process;
