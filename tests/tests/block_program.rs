@@ -33,9 +33,15 @@ impl Drop for Killed {
 
 /// The daemon with `socket` as its descriptor 3, and no other test's daemon with it.
 fn inherit(socket: OwnedFd, image: &NamedTempFile) -> Killed {
+    inherit_also(socket, vec![], image)
+}
+
+/// With more descriptors, which nobody told it of.
+fn inherit_also(socket: OwnedFd, mut others: Vec<FdMapping>, image: &NamedTempFile) -> Killed {
     let mut command = block();
     command.args(["--fd", "3", "--blk-file"]).arg(image.path());
-    command.fd_mappings(vec![FdMapping { parent_fd: socket, child_fd: 3 }]).unwrap();
+    others.push(FdMapping { parent_fd: socket, child_fd: 3 });
+    command.fd_mappings(others).unwrap();
     Killed(command.spawn().unwrap())
 }
 
@@ -244,4 +250,80 @@ fn the_daemon_is_small_and_its_threads_are_named() {
         .collect();
     names.sort();
     assert_eq!(names, ["cleave-block", "queue0", "queue1"]);
+}
+
+/// `/proc/PID/task/TID/status` of each thread.
+fn thread_states(pid: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    threads.map(|task| fs::read_to_string(task.path().join("status")).unwrap()).collect()
+}
+
+fn has(state: &str, key: &str, value: &str) -> bool {
+    state.lines().any(|line| line.strip_prefix(key).is_some_and(|rest| rest.trim() == value))
+}
+
+#[test]
+fn each_thread_is_confined_unless_somebody_debugs() {
+    let image = disk(MIB);
+    let daemon = start(&image, &["--num-queues", "2"]);
+    let mut driver = BlockDriver::connect(&daemon.socket, 2).unwrap();
+    assert_eq!(driver.read(0, 4096).unwrap().0, IoStatus::Ok);
+    let states = thread_states(daemon.pid());
+    assert!(states.len() >= 3);
+    for state in states {
+        assert!(has(&state, "NoNewPrivs:", "1") && has(&state, "Seccomp:", "2"), "{state}");
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            // The bounding set is root's to empty.
+            let kept = set == "CapBnd:" && !rustix::process::geteuid().is_root();
+            assert!(kept || has(&state, set, "0000000000000000"), "{state}");
+        }
+    }
+    let open = start(&disk(MIB), &["--sandbox", "off"]);
+    assert!(has(&thread_states(open.pid())[0], "Seccomp:", "0"));
+    open.wait_for_log("no sandbox").unwrap();
+}
+
+#[test]
+fn no_descriptor_comes_along_by_mistake() {
+    let image = disk(MIB);
+    let secret = disk(MIB);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let other = |child_fd| FdMapping { parent_fd: secret.as_file().try_clone().unwrap().into(), child_fd };
+    let child = inherit_also(theirs.into(), vec![other(4), other(77)], &image);
+    let mut driver = BlockDriver::start(Frontend::over(ours), u64::MAX, 1, 64).unwrap();
+    assert_eq!(driver.read(0, 4096).unwrap().0, IoStatus::Ok);
+    let links = fs::read_dir(format!("/proc/{}/fd", child.0.id())).unwrap().flatten();
+    let disk = image.path().canonicalize().unwrap().display().to_string();
+    let kinds = [
+        "socket:",
+        "anon_inode:[eventfd]",
+        "anon_inode:[signalfd]",
+        "anon_inode:[io_uring]",
+        "/memfd:",
+        &disk,
+    ];
+    for link in links.filter(|link| link.file_name().to_str().unwrap().parse::<u32>().unwrap() > 2) {
+        let target = fs::read_link(link.path()).unwrap().display().to_string();
+        assert!(kinds.iter().any(|kind| target.starts_with(kind)), "{target}");
+    }
+}
+
+#[test]
+fn sighup_looks_at_the_disk_again() {
+    let image = disk(MIB);
+    let mut daemon = start(&image, &[]);
+    for connected in [false, true] {
+        let driver = connected.then(|| BlockDriver::connect(&daemon.socket, 1).unwrap());
+        let before = daemon.log().matches("reloaded").count();
+        daemon.signal(Signal::HUP).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while daemon.log().matches("reloaded").count() == before {
+            assert!(Instant::now() < deadline, "{}", daemon.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if let Some(mut driver) = driver {
+            assert_eq!(driver.read(0, 4096).unwrap().0, IoStatus::Ok);
+        }
+    }
+    assert!(daemon.is_running());
 }

@@ -50,6 +50,11 @@ fn md5(bytes: &[u8]) -> String {
 }
 
 fn qemu(cache: &Cache, daemon: &Daemon, script: &str) -> Vm {
+    qemu_with(cache, daemon, script, "")
+}
+
+/// With more options of the socket.
+fn qemu_with(cache: &Cache, daemon: &Daemon, script: &str, socket_options: &str) -> Vm {
     let kernel = Kernel::of_guests(cache).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let initrd = directory.path().join("initrd");
@@ -60,7 +65,7 @@ fn qemu(cache: &Cache, daemon: &Daemon, script: &str) -> Vm {
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
     command.arg("-kernel").arg(kernel.bzimage()).arg("-initrd").arg(&initrd);
     command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
-    command.arg("-chardev").arg(format!("socket,id=c0,path={}", daemon.socket.display()));
+    command.arg("-chardev").arg(format!("socket,id=c0,path={}{socket_options}", daemon.socket.display()));
     command.args(["-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"]);
     let vm = Vm::start(&mut command).unwrap();
     // QEMU has read its files by the time the guest runs.
@@ -99,6 +104,46 @@ fn a_stock_kernel_in_qemu_writes_and_reads_its_disk() {
         assert!(on_disk[4 << 20..middle] == before[4 << 20..middle]);
         assert!(on_disk[middle + 1536..12 << 20] == before[middle + 1536..12 << 20]);
     }
+}
+
+/// Writes four files' worth to the disk, past the page cache and many at once, and reads all back.
+const WRITES: &str = r#"
+cd /tmp
+for n in 0 1 2 3; do dd if=/dev/urandom of=f$n bs=1M count=4 2>/dev/null; done
+for round in 1 2 3 4 5 6 7 8; do
+  echo ROUND $round
+  for n in 0 1 2 3; do dd if=f$n of=/dev/vda bs=4k seek=$((n * 1024)) oflag=direct conv=notrunc 2>/dev/null || echo FAILED; done &
+  for n in 0 1 2 3; do
+    dd if=f$n of=/dev/vda bs=16k seek=$((1024 + n * 256)) oflag=direct conv=notrunc 2>/dev/null || echo FAILED
+  done
+  wait
+done
+for n in 0 1 2 3; do
+  dd if=/dev/vda bs=1M skip=$((n * 4)) count=4 iflag=direct 2>/dev/null | cmp - f$n && echo SAME
+  dd if=/dev/vda bs=1M skip=$((16 + n * 4)) count=4 iflag=direct 2>/dev/null | cmp - f$n && echo SAME
+done
+dmesg | grep -i "i/o error"
+"#;
+
+#[test]
+fn qemu_survives_a_restart_of_the_daemon_under_writes() {
+    let cache = Cache::open().unwrap();
+    let image = disk(32 * MIB);
+    let mut daemon = start(&image, &["--cache", "none", "--num-queues", "2", "--queue-size", "128"]);
+    let vm = qemu_with(&cache, &daemon, WRITES, ",reconnect-ms=1000");
+    for (kills, round) in [(1, 1), (2, 3), (3, 5)] {
+        vm.expect(&format!("ROUND {round}"), Duration::from_secs(120)).unwrap();
+        daemon.kill_and_restart().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while daemon.log().matches("requests in flight are kept").count() < 1 + kills {
+            assert!(Instant::now() < deadline, "QEMU does not come back: {}", daemon.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    let said = vm.expect("SCRIPT-ENDED", Duration::from_secs(240)).unwrap();
+    assert_eq!(said.matches("SAME").count(), 8, "{said}");
+    assert!(!said.contains("FAILED") && !said.to_lowercase().contains("i/o error"), "{said}");
+    vm.finish(Duration::from_secs(60)).unwrap();
 }
 
 #[test]

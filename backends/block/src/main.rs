@@ -5,6 +5,7 @@ mod device;
 mod disk;
 mod queue;
 mod request;
+mod sandbox;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
-use cleave_runtime::{CommonArgs, Termination, capabilities_json};
+use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json};
 use cleave_storage::{CacheMode, Image, ImageOptions};
 
 use device::{Block, BlockError, BlockOptions};
@@ -54,7 +55,8 @@ struct Args {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 2 command line or disk wrong; \
-3 the host lacks something (permission, lock, io_uring). CLEAVE_LOG=debug says more.";
+3 the host lacks something (permission, lock, io_uring); 135 memory that the frontend shares was cut off; 159 the sandbox forbids a \
+system call. SIGHUP looks at the disk again. CLEAVE_LOG=debug says more.";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
@@ -113,14 +115,18 @@ fn run(args: Args) -> Result<(), Failure> {
         let json = capabilities_json("block", &["read-only", "blk-file"]);
         return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
     };
+    let mode = args.common.sandbox;
     let socket = args.common.claim_socket()?;
-    let termination = Termination::new().map_err(Failure::host)?;
+    let signals = Signals::new().map_err(Failure::host)?;
     let Format::Raw = args.format;
     let options = ImageOptions { path, read_only: args.read_only, cache: args.cache.into() };
     let image = Image::open(&options).map_err(BlockError::from)?;
+    let endpoint = socket.open()?;
+    let sandbox = Sandbox { mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };
+    let confined = sandbox.enter(&endpoint)?;
     let mut block = Block::new(
         image,
         BlockOptions { num_queues: args.num_queues, max_queue_size: args.queue_size, serial: args.serial },
     )?;
-    cleave_runtime::run(&mut block, socket.open()?, &termination)
+    cleave_runtime::run(&mut block, endpoint, &signals, &confined)
 }

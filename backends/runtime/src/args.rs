@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::socket::{Endpoint, Listener, SocketError};
+use crate::sandbox::SandboxMode;
+use crate::socket::{Endpoint, Listener, SocketError, close_inherited};
 
 /// Flags that every daemon shares; flatten them into its own.
 #[derive(Debug, Args)]
@@ -18,6 +19,10 @@ pub struct CommonArgs {
     /// Serve the frontend on this inherited socket, and end with it; a listening one is listened on
     #[arg(long, value_name = "N", conflicts_with = "socket_path")]
     pub fd: Option<RawFd>,
+
+    /// Confine the process before it serves: no files, no network, no privileges, few system calls
+    #[arg(long, value_enum, value_name = "on|off", default_value_t, hide_possible_values = true)]
+    pub sandbox: SandboxMode,
 
     /// Print what this program can do as JSON, and exit
     #[arg(long)]
@@ -35,8 +40,9 @@ enum Claim {
 }
 
 impl CommonArgs {
-    /// Takes what was inherited. Call it before the process opens anything of its own.
+    /// Takes what was inherited, and closes what else was. Call it before the process opens anything of its own.
     pub fn claim_socket(self) -> Result<SocketClaim, SocketError> {
+        close_inherited(self.fd);
         match (self.socket_path, self.fd) {
             (Some(path), _) => Ok(SocketClaim(Claim::Listen(path))),
             (None, fd) => {

@@ -47,7 +47,18 @@ pub trait Device {
     fn start_queue(&mut self, vring: Vring) -> Result<(), Box<dyn Error + Send + Sync>>;
 
     /// Fetches no more requests, completes those that it has, and gives the vring back. `None` if the queue is not running.
+    /// Requests that cannot be completed now may stay unfinished where the vring remembers them
+    /// ([`Vring::remembers_in_flight`]): they come again with the ring's next start. Elsewhere they are failed first.
     fn stop_queue(&mut self, index: QueueIndex) -> Option<Vring>;
+
+    /// SIGHUP: looks at what it serves again. `true` when config space has changed, of which the frontend is told. Queues
+    /// may be running, and there may be no session.
+    ///
+    /// # Errors
+    /// What it serves cannot be looked at, or has become something that cannot be served; nothing has changed then.
+    fn reload(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        Ok(false)
+    }
 
     /// Back to the state before the first session. All queues are stopped.
     fn reset(&mut self);

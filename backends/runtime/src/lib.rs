@@ -4,12 +4,16 @@
 //! the life of each queue. It has no word for any device type.
 
 mod args;
+mod backend_channel;
 mod device;
+mod dirty_log;
 mod footprint;
 mod memory;
 mod queue_thread;
+mod sandbox;
 mod server;
 mod session;
+mod shared;
 mod signals;
 mod socket;
 mod vring;
@@ -18,7 +22,11 @@ pub use args::{CommonArgs, SocketClaim, capabilities_json};
 pub use device::Device;
 pub use memory::{GuestMemory, MemoryError};
 pub use queue_thread::{Command, Inbox, QueueThread};
+pub use sandbox::{Confined, Sandbox, SandboxError, SandboxMode};
 pub use server::run;
-pub use signals::Termination;
+pub use shared::SharedError;
+pub use signals::Signals;
 pub use socket::{Endpoint, Listener, SocketError};
-pub use vring::{Chain, ChainError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring};
+pub use vring::{
+    Chain, ChainError, InflightError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring,
+};

@@ -20,9 +20,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{debug, info, warn};
 
 use crate::device::Device;
-use crate::footprint;
-use crate::session::Session;
-use crate::signals::Termination;
+use crate::sandbox::{Confined, report_lost_memory};
+use crate::session::{Session, reload};
+use crate::signals::{Asked, Signals};
 use crate::socket::{Endpoint, Listener};
 
 /// How long a second frontend waits for the first one's end.
@@ -34,7 +34,7 @@ const SHORTAGE_PAUSE: Duration = Duration::from_millis(300);
 /// What a turn of the loop found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
-    Terminate,
+    Signal,
     Frontend,
     Knock,
     GraceOver,
@@ -47,16 +47,25 @@ enum End {
     Frontend(Option<UnixStream>),
 }
 
-/// Serves `device` at `endpoint` until `termination` or, on an inherited connection, until its frontend goes.
+/// Serves `device` at `endpoint` until a signal asks it to end or, on an inherited connection, until its frontend goes.
 ///
 /// # Errors
-/// The host failed us: waiting or accepting does not work.
-pub fn run(device: &mut dyn Device, endpoint: Endpoint, termination: &Termination) -> Result<(), Failure> {
+/// The host failed us: waiting, accepting or confining does not work.
+pub fn run(
+    device: &mut dyn Device,
+    endpoint: Endpoint,
+    signals: &Signals,
+    confined: &Confined,
+) -> Result<(), Failure> {
     raise_descriptor_limit();
-    footprint::drop_startup_code();
+    report_lost_memory().map_err(Failure::host)?;
+    confined.filter_syscalls()?;
+    if let Some(text) = &confined.text {
+        text.drop_startup_code();
+    }
     match endpoint {
-        Endpoint::Connected(stream) => serve(device, stream, None, termination).map(|_| ()),
-        Endpoint::Listening(listener) => serve_all(device, &listener, termination),
+        Endpoint::Connected(stream) => serve(device, stream, None, signals).map(|_| ()),
+        Endpoint::Listening(listener) => serve_all(device, &listener, signals),
     }
 }
 
@@ -68,28 +77,45 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn serve_all(device: &mut dyn Device, listener: &Listener, termination: &Termination) -> Result<(), Failure> {
-    let mut next = None;
+fn serve_all(device: &mut dyn Device, listener: &Listener, signals: &Signals) -> Result<(), Failure> {
+    let mut successor = None;
     loop {
-        let stream = match next.take() {
+        let next = match successor.take() {
             Some(stream) => Some(stream),
-            None if wait(termination, None, Some(listener), None)? == Event::Terminate => return Ok(()),
-            None => match accept(listener)? {
-                Knock::Frontend(stream) => Some(stream),
-                Knock::Nobody => None,
-                Knock::Shortage => {
-                    let until = Instant::now() + SHORTAGE_PAUSE;
-                    if wait(termination, None, None, Some(until))? == Event::Terminate {
-                        return Ok(());
-                    }
-                    None
-                }
-            },
+            None => next_frontend(device, listener, signals)?,
         };
-        let Some(stream) = stream else { continue };
-        match serve(device, stream, Some(listener), termination)? {
+        let Some(stream) = next else { return Ok(()) };
+        match serve(device, stream, Some(listener), signals)? {
             End::Terminate => return Ok(()),
-            End::Frontend(successor) => next = successor,
+            End::Frontend(stream) => successor = stream,
+        }
+    }
+}
+
+/// Waits for a frontend. `None`: the daemon is to end.
+fn next_frontend(
+    device: &mut dyn Device,
+    listener: &Listener,
+    signals: &Signals,
+) -> Result<Option<UnixStream>, Failure> {
+    let mut pause = None;
+    loop {
+        let knocking = Some(listener).filter(|_| pause.is_none());
+        match wait(signals, None, knocking, pause)? {
+            Event::Signal => match signals.take() {
+                Some(Asked::End) => return Ok(None),
+                Some(Asked::Reload) => {
+                    reload(device);
+                }
+                None => {}
+            },
+            Event::Knock => match accept(listener)? {
+                Knock::Frontend(stream) => return Ok(Some(stream)),
+                Knock::Nobody => {}
+                Knock::Shortage => pause = Some(Instant::now() + SHORTAGE_PAUSE),
+            },
+            Event::GraceOver => pause = None,
+            Event::Frontend => {}
         }
     }
 }
@@ -123,7 +149,7 @@ fn serve(
     device: &mut dyn Device,
     stream: UnixStream,
     listener: Option<&Listener>,
-    termination: &Termination,
+    signals: &Signals,
 ) -> Result<End, Failure> {
     info!("a frontend connected");
     let mut channel = Channel::new(stream);
@@ -133,8 +159,12 @@ fn serve(
     loop {
         // While one waits, others stay in the backlog.
         let knocking = listener.filter(|_| second.is_none());
-        match wait(termination, Some(&channel), knocking, second.as_ref().map(|(_, until)| *until))? {
-            Event::Terminate => return Ok(End::Terminate),
+        match wait(signals, Some(&channel), knocking, second.as_ref().map(|(_, until)| *until))? {
+            Event::Signal => match signals.take() {
+                Some(Asked::End) => return Ok(End::Terminate),
+                Some(Asked::Reload) => session.reload(),
+                None => {}
+            },
             Event::Knock => {
                 let Some(listener) = knocking else { continue };
                 second = match accept(listener)? {
@@ -175,13 +205,13 @@ fn handle_one(session: &mut Session<'_>, channel: &mut Channel) -> bool {
 /// Waits for the most urgent event. A frontend that talks does not put off the deadline; one that hung up goes before it,
 /// for its successor's sake.
 fn wait(
-    termination: &Termination,
+    signals: &Signals,
     channel: Option<&Channel>,
     listener: Option<&Listener>,
     deadline: Option<Instant>,
 ) -> Result<Event, Failure> {
     let sources: [Option<(BorrowedFd<'_>, Event)>; 3] = [
-        Some((termination.as_fd(), Event::Terminate)),
+        Some((signals.as_fd(), Event::Signal)),
         channel.map(|channel| (channel.as_fd(), Event::Frontend)),
         listener.map(|listener| (listener.as_fd(), Event::Knock)),
     ];

@@ -13,19 +13,23 @@
 
 mod rings;
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cleave_common::vhost_user::features::{protocol, virtio};
 use cleave_common::vhost_user::{
-    Channel, ChannelError, Config, FrontendRequest, MAX_MEM_SLOTS, Malformed, MemoryTable, Message, Payload,
-    SingleRegion, UnknownRequest, VringAddr, VringFd, VringState,
+    Channel, ChannelError, Config, Flags, FrontendRequest, Inflight, LogBase, MAX_MEM_SLOTS, Malformed,
+    MemoryTable, Message, Payload, SingleRegion, UnknownRequest, VringAddr, VringFd, VringState,
 };
-use tracing::{debug, trace, warn};
+use tracing::{debug, info, trace, warn};
 
+use crate::backend_channel::BackendChannel;
 use crate::device::Device;
+use crate::dirty_log::DirtyLog;
 use crate::memory::{GuestMemory, MemoryError};
-use crate::vring::RingError;
+use crate::shared::SharedError;
+use crate::vring::{InflightArea, InflightError, Notifier, RingError};
 use rings::RingSlot;
 
 /// Longest config space a frontend may ask about, in bytes.
@@ -37,9 +41,15 @@ const REPLY_DEADLINE: Duration = Duration::from_secs(5);
 /// Ring features the runtime implements for every device.
 const RING_FEATURES: u64 = virtio::VERSION_1 | virtio::RING_INDIRECT_DESC | virtio::RING_EVENT_IDX;
 
+/// Features of vhost, of which no guest knows. LOG_ALL comes and goes while rings run.
+const VHOST_FEATURES: u64 = virtio::PROTOCOL_FEATURES | virtio::LOG_ALL;
+
 const PROTOCOL_FEATURES: u64 = protocol::MQ
+    | protocol::LOG_SHMFD
     | protocol::REPLY_ACK
+    | protocol::BACKEND_REQ
     | protocol::CONFIG
+    | protocol::INFLIGHT_SHMFD
     | protocol::RESET_DEVICE
     | protocol::CONFIGURE_MEM_SLOTS;
 
@@ -63,6 +73,10 @@ pub(crate) enum Refusal {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Ring(#[from] RingError),
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    #[error("the dirty log: {0}")]
+    Log(#[from] SharedError),
     #[error("this backend does not implement it")]
     NotOffered,
     #[error("features {0:#x} were not offered")]
@@ -79,6 +93,8 @@ pub(crate) enum Refusal {
         "queue {0} needs a kick descriptor that can be waited for, an eventfd: this backend does not poll its rings"
     )]
     NoKick(u8),
+    #[error("the descriptor is no socket")]
+    NoSocket,
     #[error("bytes {offset} to {end} are outside config space")]
     ConfigRange { offset: u64, end: u64 },
     #[error("{0}")]
@@ -90,6 +106,8 @@ enum Answer {
     /// Nothing but the acknowledgement, if asked for.
     Done,
     Payload(Vec<u8>),
+    /// With a descriptor.
+    File(Vec<u8>, OwnedFd),
 }
 
 impl Answer {
@@ -105,12 +123,28 @@ pub(crate) struct Session<'d> {
     protocol_features: u64,
     memory: Arc<GuestMemory>,
     rings: Vec<RingSlot>,
+    /// Where the frontend keeps the requests in flight.
+    inflight: Option<InflightArea>,
+    backend_channel: BackendChannel,
+    /// Where it wants to read what is written to guest memory, and by what it wants to be told of new bits.
+    log: Option<Arc<DirtyLog>>,
+    log_call: Notifier,
 }
 
 impl<'d> Session<'d> {
     pub(crate) fn new(device: &'d mut dyn Device) -> Self {
         let rings = (0..device.num_queues()).map(|_| RingSlot::default()).collect();
-        Self { device, acked_features: 0, protocol_features: 0, memory: Arc::default(), rings }
+        Self {
+            device,
+            acked_features: 0,
+            protocol_features: 0,
+            memory: Arc::default(),
+            rings,
+            inflight: None,
+            backend_channel: BackendChannel::default(),
+            log: None,
+            log_call: Notifier::default(),
+        }
     }
 
     /// Does what `message` asks and answers it.
@@ -124,7 +158,10 @@ impl<'d> Session<'d> {
         let deadline = Some(Instant::now() + REPLY_DEADLINE);
         match self.dispatch(request, &mut message) {
             Ok(Answer::Payload(body)) => {
-                channel.send(request, cleave_common::vhost_user::Flags::REPLY, &body, &[], deadline)?;
+                channel.send(request, Flags::REPLY, &body, &[], deadline)?;
+            }
+            Ok(Answer::File(body, fd)) => {
+                channel.send(request, Flags::REPLY, &body, &[fd.as_fd()], deadline)?;
             }
             Ok(Answer::Done) if wants_ack => channel.reply(request, &0u64, &[], deadline)?,
             Ok(Answer::Done) => {}
@@ -135,6 +172,13 @@ impl<'d> Session<'d> {
             Err(source) => return Err(SessionError::Refused { request, source }),
         }
         Ok(())
+    }
+
+    /// SIGHUP: the device looks at what it serves, and the frontend learns of what has changed.
+    pub(crate) fn reload(&mut self) {
+        if reload(self.device) && self.protocol_features & protocol::CONFIG != 0 {
+            self.backend_channel.config_changed();
+        }
     }
 
     fn dispatch(&mut self, request: FrontendRequest, message: &mut Message) -> Result<Answer, Refusal> {
@@ -184,12 +228,27 @@ impl<'d> Session<'d> {
             R::GetConfig => self.get_config(message.payload()?),
             R::SetConfig => self.set_config(message.payload()?),
             R::ResetDevice => self.reset_device(),
+            R::GetInflightFd => {
+                let (made, fd) = InflightArea::create(message.payload()?, self.device.num_queues())?;
+                Ok(Answer::File(made.encode(), fd))
+            }
+            R::SetLogBase => self.set_log_base(message.payload()?, message.single_fd()?),
+            R::SetLogFd => {
+                self.log_call.set(Some(message.single_fd()?));
+                Ok(Answer::Done)
+            }
+            R::SetBackendReqFd => {
+                let channel = BackendChannel::over(message.single_fd()?).ok_or(Refusal::NoSocket)?;
+                self.backend_channel = channel;
+                Ok(Answer::Done)
+            }
+            R::SetInflightFd => self.set_inflight(message.payload()?, message.single_fd()?),
             _ => Err(Refusal::NotOffered),
         }
     }
 
     fn features(&self) -> u64 {
-        self.device.features() | RING_FEATURES | virtio::PROTOCOL_FEATURES
+        self.device.features() | RING_FEATURES | VHOST_FEATURES
     }
 
     fn set_features(&mut self, features: u64) -> Result<Answer, Refusal> {
@@ -200,7 +259,7 @@ impl<'d> Session<'d> {
         debug!("acked features {features:#x}");
         self.pause_rings();
         self.acked_features = features;
-        let of_device = features & !(RING_FEATURES | virtio::PROTOCOL_FEATURES);
+        let of_device = features & !(RING_FEATURES | VHOST_FEATURES);
         self.device.ack_features(of_device);
         if features & virtio::PROTOCOL_FEATURES == 0 {
             self.rings.iter_mut().for_each(RingSlot::enable);
@@ -240,12 +299,50 @@ impl<'d> Session<'d> {
         Ok(Answer::Done)
     }
 
+    /// A ring that runs has its heads in the old area.
+    fn set_inflight(&mut self, given: Inflight, fd: OwnedFd) -> Result<Answer, Refusal> {
+        self.all_stopped()?;
+        self.inflight = Some(InflightArea::map(given, fd, self.device.num_queues())?);
+        self.rings.iter_mut().for_each(RingSlot::forget_position);
+        debug!("requests in flight are kept for {} queues", given.num_queues);
+        Ok(Answer::Done)
+    }
+
+    /// The answer is a number that says nothing: frontends wait for one without REPLY_ACK too.
+    fn set_log_base(&mut self, base: LogBase, fd: OwnedFd) -> Result<Answer, Refusal> {
+        let log = DirtyLog::map(base, fd)?;
+        self.pause_rings();
+        self.log = Some(Arc::new(log));
+        self.resume_rings();
+        Ok(Answer::of(&0u64))
+    }
+
+    /// The log as long as the frontend wants it.
+    fn active_log(&self) -> Option<Arc<DirtyLog>> {
+        self.log.clone().filter(|_| self.acked_features & virtio::LOG_ALL != 0)
+    }
+
     fn reset_device(&mut self) -> Result<Answer, Refusal> {
         self.pause_rings();
         self.rings.iter_mut().for_each(|ring| *ring = RingSlot::default());
+        self.inflight = None;
         self.acked_features = 0;
         self.device.reset();
         Ok(Answer::Done)
+    }
+}
+
+/// Has the device look at what it serves again. `true`: its config space has changed.
+pub(crate) fn reload(device: &mut dyn Device) -> bool {
+    match device.reload() {
+        Ok(changed) => {
+            info!("reloaded: {}", if changed { "config space has changed" } else { "nothing has changed" });
+            changed
+        }
+        Err(error) => {
+            warn!("nothing is reloaded: {error}");
+            false
+        }
     }
 }
 
@@ -272,7 +369,7 @@ fn has_own_reply(request: FrontendRequest) -> bool {
     )
 }
 
-fn vring_fd(which: VringFd, message: &mut Message) -> Result<Option<std::os::fd::OwnedFd>, Malformed> {
+fn vring_fd(which: VringFd, message: &mut Message) -> Result<Option<OwnedFd>, Malformed> {
     if which.no_fd { Ok(None) } else { message.single_fd().map(Some) }
 }
 
@@ -284,3 +381,6 @@ fn config_range(access: &Config, len: usize) -> Result<(usize, usize), Refusal> 
     }
     Ok((offset as usize, end as usize))
 }
+
+#[cfg(test)]
+mod tests;

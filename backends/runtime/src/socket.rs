@@ -131,6 +131,14 @@ fn is_alive(path: &Path) -> io::Result<bool> {
 }
 
 impl Endpoint {
+    /// The file that is to be removed in the end.
+    pub(crate) fn socket_file(&self) -> Option<&Path> {
+        match self {
+            Self::Listening(Listener { file: Some(file), .. }) => Some(&file.path),
+            _ => None,
+        }
+    }
+
     /// Takes over descriptor `fd`, with which the process was started. One that listens is listened on.
     pub fn inherited(fd: RawFd) -> Result<Self, SocketError> {
         let owned = take_inherited(fd).ok_or(SocketError::BadFd { fd })?;
@@ -144,6 +152,25 @@ impl Endpoint {
             return listener.map(Self::Listening).map_err(|_| SocketError::BadFd { fd });
         }
         Ok(Self::Connected(UnixStream::from(owned)))
+    }
+}
+
+/// Closes every descriptor but the standard streams and `keep`: what whoever started this process left open by mistake is
+/// nothing that a guest should be able to reach.
+#[expect(unsafe_code, reason = "descriptors are numbers until somebody owns them")]
+pub(crate) fn close_inherited(keep: Option<RawFd>) {
+    let close = |first: u32, last: u32| {
+        if first <= last {
+            // SAFETY: nothing in this process owns a descriptor yet. A kernel without this call closes none.
+            unsafe { libc::close_range(first, last, 0) };
+        }
+    };
+    match keep.and_then(|keep| u32::try_from(keep).ok()).filter(|keep| *keep > 2) {
+        Some(keep) => {
+            close(3, keep - 1);
+            close(keep.saturating_add(1), u32::MAX);
+        }
+        None => close(3, u32::MAX),
     }
 }
 

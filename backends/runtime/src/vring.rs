@@ -5,17 +5,24 @@
 //! ```
 //!
 //! Invariants: a device touches the ring only once it is started; `next_avail` is what GET_VRING_BASE answers; nothing
-//! that a guest writes into its rings makes these functions panic, read past the ring or loop.
+//! that a guest writes into its rings makes these functions panic, read past the ring or loop; where the frontend keeps
+//! the requests in flight, each head is marked there from its fetching until the guest has it back.
 
 mod chain;
+mod inflight;
+mod log;
 mod notify;
 mod split;
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::memory::GuestMemory;
 pub use chain::{Chain, ChainError, MAX_SEGMENTS, Segment};
+pub use inflight::InflightError;
+pub(crate) use inflight::{Found, InflightArea, InflightQueue};
+pub(crate) use log::RingLog;
 pub(crate) use notify::Notifier;
 pub(crate) use split::SplitRing;
 pub use split::{RingAddresses, RingError};
@@ -40,6 +47,11 @@ pub struct Vring {
     pub(crate) call: Notifier,
     pub(crate) err: Notifier,
     pub(crate) started: bool,
+    pub(crate) inflight: Option<InflightQueue>,
+    /// Heads that a predecessor left in flight and that are to be served again, before any other.
+    pub(crate) resubmit: VecDeque<u16>,
+    /// While the frontend wants to know what is written.
+    pub(crate) log: Option<Box<RingLog>>,
 }
 
 impl Vring {
@@ -72,18 +84,31 @@ impl Vring {
         self.started = true;
     }
 
-    /// Fetches the next available chain's head, if there is one; read what it leads to with [`Vring::read_chain`].
-    /// Each head fetched is to be given to [`Vring::push_used`] once.
+    /// Whether heads that are fetched and not pushed are known to whoever serves the ring next. Then it may be given
+    /// back with some unfinished; otherwise they would be lost.
+    pub fn remembers_in_flight(&self) -> bool {
+        self.inflight.is_some()
+    }
+
+    /// Fetches the next chain's head, if there is one: first those left in flight, then what is available. Read what it
+    /// leads to with [`Vring::read_chain`]. Each head fetched is to be given to [`Vring::push_used`] once.
     ///
     /// # Errors
     /// The ring is broken beyond this request: leave it alone until it is set up again.
     pub fn next_head(&mut self) -> Result<Option<u16>, RingError> {
-        self.ring.next_head(&self.memory)
+        if let Some(head) = self.resubmit.pop_front() {
+            return Ok(Some(head));
+        }
+        let head = self.ring.next_head(&self.memory)?;
+        if let (Some(head), Some(inflight)) = (head, &mut self.inflight) {
+            inflight.fetched(head)?;
+        }
+        Ok(head)
     }
 
     /// Whether [`Vring::next_head`] has something to give now.
     pub fn has_available(&self) -> Result<bool, RingError> {
-        self.ring.has_available(&self.memory)
+        Ok(!self.resubmit.is_empty() || self.ring.has_available(&self.memory)?)
     }
 
     /// Reads the descriptors behind `head` into `chain`.
@@ -96,11 +121,28 @@ impl Vring {
 
     /// Gives a chain back to the guest with `len` bytes written to it.
     pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
-        self.ring.push_used(&self.memory, head, len)
+        if let Some(log) = &mut self.log {
+            log.chain_written(&self.memory, &self.ring, head);
+        }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.before_used(head)?;
+        }
+        let element = self.ring.push_used(&self.memory, head, len)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.after_used(head, self.ring.next_used())?;
+        }
+        if let Some(log) = &self.log {
+            log.used_ring_written(element, SplitRing::ELEMENT_LEN);
+            log.used_ring_written(0, SplitRing::HEADER_LEN);
+        }
+        Ok(())
     }
 
     /// Interrupts the guest if it wants to know of what was pushed since the last call.
     pub fn signal_used(&mut self) -> Result<(), RingError> {
+        if let Some(log) = self.log.as_ref().filter(|_| self.ring.has_unsignalled()) {
+            log.signal();
+        }
         if self.ring.should_signal(&self.memory)? {
             self.call.signal();
         }
@@ -109,12 +151,24 @@ impl Vring {
 
     /// Asks for a kick at the next available chain. `true` when one came meanwhile: fetch again instead of waiting.
     pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
-        self.ring.enable_kicks(&self.memory)
+        let more = self.ring.enable_kicks(&self.memory)?;
+        self.log_wish();
+        Ok(more || !self.resubmit.is_empty())
     }
 
     /// Spares the guest kicks while the ring is looked at anyway.
     pub fn disable_kicks(&mut self) -> Result<(), RingError> {
-        self.ring.disable_kicks(&self.memory)
+        self.ring.disable_kicks(&self.memory)?;
+        self.log_wish();
+        Ok(())
+    }
+
+    /// Whether kicks are wanted is written in the used ring, before and behind its elements.
+    fn log_wish(&self) {
+        if let Some(log) = &self.log {
+            log.used_ring_written(0, SplitRing::HEADER_LEN);
+            log.used_ring_written(self.ring.avail_event_offset(), 2);
+        }
     }
 
     /// Tells the frontend that this ring is broken, where it asked to be told (SET_VRING_ERR).

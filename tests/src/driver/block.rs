@@ -149,6 +149,11 @@ impl BlockDriver {
         self.queues[queue].add(&self.ram, &buffers)
     }
 
+    /// Where the request of this head has its header, its status 16 bytes behind.
+    pub fn header_addr(&self, queue: usize, head: u16) -> u64 {
+        self.header(queue, head)
+    }
+
     fn header(&self, queue: usize, head: u16) -> u64 {
         self.headers[queue] + 32 * u64::from(head)
     }

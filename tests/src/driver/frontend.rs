@@ -55,6 +55,8 @@ impl Frontend {
         let known = protocol::MQ
             | protocol::REPLY_ACK
             | protocol::CONFIG
+            | protocol::LOG_SHMFD
+            | protocol::BACKEND_REQ
             | protocol::INFLIGHT_SHMFD
             | protocol::RESET_DEVICE
             | protocol::CONFIGURE_MEM_SLOTS;
@@ -64,7 +66,8 @@ impl Frontend {
         let num_queues =
             if protocol_features & protocol::MQ != 0 { self.ask(Request::GetQueueNum, &())? } else { 1 };
         self.tell(Request::SetOwner, &(), &[])?;
-        let acked = offered & (wanted | virtio::VERSION_1 | virtio::PROTOCOL_FEATURES);
+        // Nothing is logged until a log is there.
+        let acked = offered & (wanted | virtio::VERSION_1 | virtio::PROTOCOL_FEATURES) & !virtio::LOG_ALL;
         self.tell(Request::SetFeatures, &acked, &[])?;
         Ok(Negotiated { offered, acked, protocol_features, num_queues })
     }
@@ -154,7 +157,7 @@ impl Frontend {
         Ok(())
     }
 
-    fn answer(&mut self, request: Request) -> Result<Message> {
+    pub(super) fn answer(&mut self, request: Request) -> Result<Message> {
         let answer = self.channel.recv(Some(Instant::now() + PATIENCE))?;
         let answer =
             answer.ok_or(DriverError::Channel(cleave_common::vhost_user::ChannelError::Disconnected))?;

@@ -1,15 +1,21 @@
 //! The vring requests, and when a ring runs.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use cleave_common::vhost_user::{Malformed, VringAddr, VringFd, VringState};
 use rustix::event::epoll;
 use tracing::{debug, warn};
+use vm_memory::GuestAddress;
 
 use super::{Answer, Refusal, Session};
-use crate::vring::{Notifier, QueueIndex, RingAddresses, SplitRing, Vring};
+use crate::dirty_log::DirtyLog;
+use crate::vring::{Found, InflightQueue, Notifier, QueueIndex, RingAddresses, RingLog, SplitRing, Vring};
 use cleave_common::vhost_user::features::virtio;
+
+/// VHOST_VRING_F_LOG.
+const VRING_F_LOG: u32 = 1;
 
 /// What the frontend has said about one ring.
 #[derive(Debug, Default)]
@@ -18,6 +24,8 @@ pub(super) struct RingSlot {
     size: u16,
     /// User addresses of descriptors, available ring, used ring.
     addresses: Option<[u64; 3]>,
+    /// Where the log has the used ring, if its writes are logged.
+    log_used: Option<GuestAddress>,
     /// The next entry of the available ring to fetch, while the device does not have the ring.
     next_avail: u16,
     kick: Option<Arc<OwnedFd>>,
@@ -27,11 +35,18 @@ pub(super) struct RingSlot {
     /// It has been kicked since its last SET_VRING_KICK.
     started: bool,
     running: bool,
+    /// `next_avail` is where the device left the ring, and not where the frontend wants it to start.
+    position_known: bool,
 }
 
 impl RingSlot {
     pub(super) fn enable(&mut self) {
         self.enabled = true;
+    }
+
+    /// The ring's next start is one as by a new backend.
+    pub(super) fn forget_position(&mut self) {
+        self.position_known = false;
     }
 
     /// Whether its parts are where a ring of its size may be, as far as that is known yet.
@@ -45,12 +60,8 @@ impl RingSlot {
     }
 
     /// Makes the vring to hand to the device, once all there is to know about it is known.
-    fn take_vring(
-        &mut self,
-        index: QueueIndex,
-        memory: &Arc<super::GuestMemory>,
-        event_idx: bool,
-    ) -> Result<Option<Vring>, Refusal> {
+    fn take_vring(&self, index: QueueIndex, around: Around<'_>) -> Result<Option<Vring>, Refusal> {
+        let Around { memory, event_idx, mut inflight, log } = around;
         let (true, Some(user), Some(kick), false) =
             (self.enabled && self.size != 0, self.addresses, &self.kick, memory.is_empty())
         else {
@@ -58,7 +69,16 @@ impl RingSlot {
         };
         let addresses =
             RingAddresses::translate(memory, user, self.size).ok_or(Refusal::VringOutsideMemory)?;
-        let ring = SplitRing::new(memory, addresses, self.size, self.next_avail, event_idx)?;
+        let mut ring = SplitRing::new(memory, addresses, self.size, self.next_avail, event_idx)?;
+        let found =
+            inflight.as_mut().map(|inflight| inflight.attach(self.size, ring.next_used())).transpose()?;
+        let mut resubmit = VecDeque::new();
+        if let Some(Found::Used(heads)) = found {
+            if !self.position_known {
+                ring.skip(heads.len() as u16);
+            }
+            resubmit = heads.into();
+        }
         Ok(Some(Vring {
             index,
             ring,
@@ -67,8 +87,19 @@ impl RingSlot {
             call: self.call.clone(),
             err: self.err.clone(),
             started: self.started,
+            inflight,
+            resubmit,
+            log: log.map(|(log, call)| Box::new(RingLog::new(log, self.log_used, call))),
         }))
     }
+}
+
+/// What a ring shares with the others of its session.
+struct Around<'s> {
+    memory: &'s Arc<super::GuestMemory>,
+    event_idx: bool,
+    inflight: Option<InflightQueue>,
+    log: Option<(Arc<DirtyLog>, Notifier)>,
 }
 
 impl Session<'_> {
@@ -84,6 +115,14 @@ impl Session<'_> {
         if slot.running { Err(Refusal::Running(which)) } else { Ok(slot) }
     }
 
+    /// Refuses what may not change while any ring runs.
+    pub(super) fn all_stopped(&self) -> Result<(), Refusal> {
+        match self.rings.iter().position(|slot| slot.running) {
+            Some(index) => Err(Refusal::Running(index as u16)),
+            None => Ok(()),
+        }
+    }
+
     /// Takes a ring from the device, which completes what it has fetched.
     fn pause(&mut self, index: QueueIndex) {
         let slot = &mut self.rings[usize::from(index.0)];
@@ -94,6 +133,7 @@ impl Session<'_> {
             Some(vring) => {
                 slot.next_avail = vring.ring.next_avail();
                 slot.started = vring.started;
+                slot.position_known = true;
             }
             None => warn!("{index} was lost by its device"),
         }
@@ -102,12 +142,16 @@ impl Session<'_> {
     /// Gives a ring to the device, if it may run.
     pub(super) fn resume(&mut self, index: QueueIndex) -> Result<(), Refusal> {
         let event_idx = self.acked_features & virtio::RING_EVENT_IDX != 0;
+        let log = self.active_log().map(|log| (log, self.log_call.clone()));
         let slot = &mut self.rings[usize::from(index.0)];
         if slot.running {
             return Ok(());
         }
-        if let Some(vring) = slot.take_vring(index, &self.memory, event_idx)? {
-            debug!("{index} runs: {} entries from {}", slot.size, slot.next_avail);
+        let inflight = self.inflight.as_ref().and_then(|area| area.queue(index));
+        let around = Around { memory: &self.memory, event_idx, inflight, log };
+        if let Some(vring) = slot.take_vring(index, around)? {
+            let (size, again) = (slot.size, vring.resubmit.len());
+            debug!("{index} runs: {size} entries from {}, {again} heads again", vring.ring.next_avail());
             self.device.start_queue(vring).map_err(Refusal::Device)?;
             slot.running = true;
         }
@@ -149,10 +193,12 @@ impl Session<'_> {
         if !memory.is_empty() && RingAddresses::translate(&memory, user, slot.size.max(1)).is_none() {
             return Err(Refusal::VringOutsideMemory);
         }
-        // Frontends also send the same addresses again under a running ring, to switch its log.
-        if slot.addresses != Some(user) {
+        let log_used = (addr.flags & VRING_F_LOG != 0).then_some(GuestAddress(addr.log));
+        // Frontends send the same addresses again under a running ring, to switch its log.
+        if (slot.addresses, slot.log_used) != (Some(user), log_used) {
             self.pause(index);
-            self.rings[usize::from(index.0)].addresses = Some(user);
+            let slot = &mut self.rings[usize::from(index.0)];
+            (slot.addresses, slot.log_used) = (Some(user), log_used);
             self.resume(index)?;
         }
         Ok(Answer::Done)
@@ -163,6 +209,7 @@ impl Session<'_> {
         let value = u64::from(state.num);
         slot.next_avail =
             u16::try_from(state.num).map_err(|_| Malformed::Value { what: "vring base", value })?;
+        slot.position_known = false;
         Ok(Answer::Done)
     }
 
@@ -173,6 +220,7 @@ impl Session<'_> {
         let slot = &mut self.rings[usize::from(index.0)];
         slot.kick = None;
         slot.started = false;
+        slot.position_known = false;
         debug!("{index} stopped at {}", slot.next_avail);
         Ok(Answer::of(&VringState { index: state.index, num: u32::from(slot.next_avail) }))
     }

@@ -8,13 +8,13 @@ use std::sync::atomic::{Ordering, fence};
 
 use vm_memory::{Address, Bytes, GuestAddress};
 
+use super::inflight::InflightError;
 use crate::memory::GuestMemory;
 
 const DESCRIPTOR_LEN: u64 = 16;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
-/// Bytes of `flags` and `idx` before both rings.
-const RING_HEADER: u64 = 4;
+const HEADER_LEN: u64 = SplitRing::HEADER_LEN;
 
 /// A ring that cannot be served any more.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +25,8 @@ pub enum RingError {
     BadHead { head: u16, size: u16 },
     #[error("the ring is outside guest memory")]
     OutsideMemory(#[from] vm_memory::GuestMemoryError),
+    #[error("requests in flight: {0}")]
+    Inflight(#[from] InflightError),
 }
 
 /// Where a ring's parts are in guest-physical memory. `RingAddresses` exist only for parts that lie in it whole.
@@ -46,8 +48,8 @@ impl RingAddresses {
         Some(Self {
             descriptors: part(descriptors, DESCRIPTOR_LEN * size, 16)?,
             // Each ring ends in a 16-bit event index.
-            available: part(available, RING_HEADER + 2 * size + 2, 2)?,
-            used: part(used, RING_HEADER + 8 * size + 2, 4)?,
+            available: part(available, HEADER_LEN + 2 * size + 2, 2)?,
+            used: part(used, HEADER_LEN + 8 * size + 2, 4)?,
         })
     }
 }
@@ -65,6 +67,11 @@ pub(crate) struct SplitRing {
 }
 
 impl SplitRing {
+    /// Bytes of `flags` and `idx` before both rings.
+    pub(crate) const HEADER_LEN: u64 = 4;
+    /// Bytes of a used element.
+    pub(crate) const ELEMENT_LEN: u64 = 8;
+
     /// Takes the used index from the ring itself: it says what the guest has been told, whoever served the ring before.
     pub(crate) fn new(
         memory: &GuestMemory,
@@ -90,6 +97,16 @@ impl SplitRing {
 
     pub(crate) fn next_avail(&self) -> u16 {
         self.next_avail.0
+    }
+
+    /// The ring's used index.
+    pub(crate) fn next_used(&self) -> u16 {
+        self.next_used.0
+    }
+
+    /// Goes on behind `unfinished` heads that have been fetched already.
+    pub(crate) fn skip(&mut self, unfinished: u16) {
+        self.next_avail = self.next_used + Wrapping(unfinished);
     }
 
     pub(crate) fn descriptor_table(&self) -> GuestAddress {
@@ -118,7 +135,7 @@ impl SplitRing {
             let (next_avail, avail_idx, size) = (self.next_avail.0, avail_idx.0, self.size);
             return Err(RingError::AvailIndexJump { next_avail, avail_idx, size });
         }
-        let head = load(memory, self.addresses.available, RING_HEADER + 2 * self.slot(self.next_avail))?;
+        let head = load(memory, self.addresses.available, HEADER_LEN + 2 * self.slot(self.next_avail))?;
         if head >= self.size {
             return Err(RingError::BadHead { head, size: self.size });
         }
@@ -126,16 +143,27 @@ impl SplitRing {
         Ok(Some(head))
     }
 
-    pub(crate) fn push_used(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), RingError> {
+    /// Gives the offset of the element in the used ring.
+    pub(crate) fn push_used(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<u64, RingError> {
         let element = u64::from(head) | u64::from(len) << 32;
         let used = self.addresses.used;
-        let at = used.unchecked_add(RING_HEADER + 8 * self.slot(self.next_used));
+        let offset = HEADER_LEN + Self::ELEMENT_LEN * self.slot(self.next_used);
         // Not one atomic 64-bit store: used elements are aligned to 4 bytes only.
-        memory.map().write_slice(&element.to_le_bytes(), at)?;
+        memory.map().write_slice(&element.to_le_bytes(), used.unchecked_add(offset))?;
         self.next_used += 1;
         // Release: the guest sees the element, and the data, before the index.
         memory.map().store(self.next_used.0.to_le(), used.unchecked_add(2), Ordering::Release)?;
-        Ok(())
+        Ok(offset)
+    }
+
+    /// Whether anything was pushed since [`SplitRing::should_signal`] was asked.
+    pub(crate) fn has_unsignalled(&self) -> bool {
+        self.signalled_used != self.next_used
+    }
+
+    /// Where the used ring ends in the index up to which kicks are of no interest.
+    pub(crate) fn avail_event_offset(&self) -> u64 {
+        HEADER_LEN + Self::ELEMENT_LEN * u64::from(self.size)
     }
 
     /// Whether an interrupt is due for the elements pushed since the last call (virtio 1.2, 2.7.7).
@@ -148,7 +176,7 @@ impl SplitRing {
         // The used index is visible before the guest's wish is read; the guest does it in the other order.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let used_event = load(memory, self.addresses.available, RING_HEADER + 2 * u64::from(self.size))?;
+            let used_event = load(memory, self.addresses.available, HEADER_LEN + 2 * u64::from(self.size))?;
             return Ok(self.next_used - Wrapping(used_event) - Wrapping(1) < self.next_used - old);
         }
         Ok(load(memory, self.addresses.available, 0)? & AVAIL_NO_INTERRUPT == 0)
@@ -171,7 +199,7 @@ impl SplitRing {
     }
 
     fn store_avail_event(&self, memory: &GuestMemory) -> Result<(), RingError> {
-        let at = self.addresses.used.unchecked_add(RING_HEADER + 8 * u64::from(self.size));
+        let at = self.addresses.used.unchecked_add(self.avail_event_offset());
         memory.map().store(self.next_avail.0.to_le(), at, Ordering::Relaxed)?;
         Ok(())
     }

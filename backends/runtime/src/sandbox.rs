@@ -1,0 +1,115 @@
+//! What a daemon can do to its host once a frontend speaks to it: next to nothing.
+//!
+//! ```text
+//!   starting: opens its files, listens --Sandbox::enter--> confined (files, network, capabilities)
+//!                                        starts its threads --run--> confined to the system calls of serving
+//! ```
+//!
+//! In two steps, because Landlock and capabilities are a thread's own and its children's, so that they come before the
+//! first thread; the filter of system calls takes all threads at once, and leaves out what only starting needs.
+//! `run` asks for a [`Confined`], which only [`Sandbox::enter`] gives: no daemon serves without having decided.
+//!
+//! What a kernel lacks is said once and done without: an administrator who wants more has newer kernels.
+
+mod capabilities;
+mod landlock;
+mod seccomp;
+mod violation;
+
+use clap::ValueEnum;
+use cleave_common::exit::Failure;
+use tracing::{debug, warn};
+
+use crate::footprint::Text;
+use crate::socket::Endpoint;
+pub(crate) use violation::report_lost_memory;
+
+/// Whether a daemon confines itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum SandboxMode {
+    #[default]
+    On,
+    /// To debug
+    Off,
+}
+
+/// Why a daemon could not be confined.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    #[error("cannot drop privileges (--sandbox=off does without)")]
+    Capabilities(#[source] std::io::Error),
+    #[error("cannot restrict file access with Landlock (--sandbox=off does without)")]
+    Landlock(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("cannot filter system calls with seccomp (--sandbox=off does without)")]
+    Seccomp(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl From<SandboxError> for Failure {
+    fn from(error: SandboxError) -> Self {
+        Self::host(error)
+    }
+}
+
+/// What a device needs beyond what every daemon does to serve.
+#[derive(Debug, Default)]
+pub struct Sandbox {
+    pub mode: SandboxMode,
+    /// System calls, by their numbers, with any arguments.
+    pub syscalls: &'static [i64],
+    /// Requests of ioctl.
+    pub ioctls: &'static [u64],
+}
+
+#[derive(Debug)]
+struct Allowed {
+    syscalls: Vec<i64>,
+    ioctls: &'static [u64],
+}
+
+/// The process is confined, but for system calls that only starting needs.
+#[derive(Debug)]
+pub struct Confined {
+    /// What the device needs to serve; `None` when there is no sandbox.
+    allowed: Option<Allowed>,
+    pub(crate) text: Option<Text>,
+}
+
+impl Sandbox {
+    /// Call it when all is open that is ever to be, and before the first thread.
+    ///
+    /// # Errors
+    /// The kernel has what is asked for, and refuses.
+    pub fn enter(self, endpoint: &Endpoint) -> Result<Confined, SandboxError> {
+        // It says where the program is in a file, so: now.
+        let text = Text::of_this_program();
+        if self.mode == SandboxMode::Off {
+            warn!("no sandbox: this process may do what its user may");
+            return Ok(Confined { allowed: None, text });
+        }
+        capabilities::drop_all().map_err(SandboxError::Capabilities)?;
+        if !landlock::restrict(endpoint.socket_file()).map_err(SandboxError::Landlock)? {
+            warn!("this kernel has no Landlock: files are not out of reach");
+        }
+        let mut syscalls = self.syscalls.to_vec();
+        // To remove its socket at the end.
+        syscalls.extend(endpoint.socket_file().map(|_| libc::SYS_unlink));
+        Ok(Confined { allowed: Some(Allowed { syscalls, ioctls: self.ioctls }), text })
+    }
+}
+
+impl Confined {
+    /// The second step, when all threads are there.
+    pub(crate) fn filter_syscalls(&self) -> Result<(), SandboxError> {
+        let Some(allowed) = &self.allowed else { return Ok(()) };
+        violation::report_syscalls().map_err(|error| SandboxError::Seccomp(error.into()))?;
+        if seccomp::apply(&allowed.syscalls, allowed.ioctls).map_err(SandboxError::Seccomp)? {
+            debug!("the sandbox is closed");
+        } else {
+            warn!("this kernel has no seccomp filters: system calls are not restricted");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
