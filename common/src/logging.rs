@@ -23,6 +23,16 @@ pub fn init() {
     let _ = tracing_subscriber::registry().with(lines).with(filter).try_init();
 }
 
+/// Prints lines that a person asked for on standard error, none of them if its reader does not read.
+pub fn print(text: &str) {
+    for line in text.lines() {
+        let line = format!("{line}\n");
+        if !matches!(NeverWaits.write(line.as_bytes()), Ok(len) if len == line.len()) {
+            return;
+        }
+    }
+}
+
 /// Standard error, unless its reader does not read: a line that would have to wait is dropped. Whoever logs may be the
 /// thread that everything else waits for.
 struct NeverWaits;

@@ -131,16 +131,6 @@ wire_struct! {
 }
 
 wire_struct! {
-    /// GET_INFLIGHT_FD and SET_INFLIGHT_FD.
-    Inflight, "inflight description" {
-        mmap_size: u64,
-        mmap_offset: u64,
-        num_queues: u16,
-        queue_size: u16,
-    }
-}
-
-wire_struct! {
     /// SET_DEVICE_STATE_FD.
     DeviceState, "device state transfer" {
         /// 0 saves, 1 loads.
@@ -156,6 +146,47 @@ wire_struct! {
         index_and_flags: u64,
         size: u64,
         offset: u64,
+    }
+}
+
+/// GET_INFLIGHT_FD and SET_INFLIGHT_FD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Inflight {
+    /// Bytes of the region, and where in the file that comes with it the region starts.
+    pub mmap_size: u64,
+    pub mmap_offset: u64,
+    pub num_queues: u16,
+    pub queue_size: u16,
+}
+
+impl Inflight {
+    /// Bytes on the wire. The specification names 20; QEMU, libvhost-user and DPDK send the C struct with the 4 bytes of
+    /// padding at its end, and refuse anything else.
+    pub const LEN: usize = 24;
+    const FIELDS: usize = 20;
+}
+
+impl Payload for Inflight {
+    fn encode_into(&self, out: &mut Vec<u8>) {
+        self.mmap_size.encode_into(out);
+        self.mmap_offset.encode_into(out);
+        out.extend_from_slice(&self.num_queues.to_le_bytes());
+        out.extend_from_slice(&self.queue_size.to_le_bytes());
+        out.extend_from_slice(&[0; Self::LEN - Self::FIELDS]);
+    }
+
+    fn decode(body: &[u8]) -> Result<Self, Malformed> {
+        if body.len() != Self::FIELDS {
+            exact::<{ Self::LEN }>("inflight description", body)?;
+        }
+        let fields = &body[..Self::FIELDS];
+        let (sizes, counts) = fields.split_at(16);
+        Ok(Self {
+            mmap_size: u64::decode(&sizes[..8])?,
+            mmap_offset: u64::decode(&sizes[8..])?,
+            num_queues: u16::from_le_bytes([counts[0], counts[1]]),
+            queue_size: u16::from_le_bytes([counts[2], counts[3]]),
+        })
     }
 }
 

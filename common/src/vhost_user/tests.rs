@@ -29,7 +29,8 @@ fn the_wire_is_what_the_specification_draws() {
     assert_eq!(VringState { index: 1, num: 256 }.encode(), [1, 0, 0, 0, 0, 1, 0, 0]);
     assert_eq!(VringFd { index: 3, no_fd: true }.encode(), [3, 1, 0, 0, 0, 0, 0, 0]);
     assert_eq!(VringAddr::LEN, 40);
-    assert_eq!(Inflight::LEN, 20);
+    assert_eq!(Inflight::LEN, 24, "with the C struct's padding");
+    assert_eq!(Inflight::decode(&[1; 20]), Inflight::decode(&[1; 24]));
     let config = Config { offset: 4, flags: 0, data: vec![7, 8] };
     assert_eq!(config.encode(), [4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 7, 8]);
     assert_eq!(SingleRegion::default().encode().len(), 40);

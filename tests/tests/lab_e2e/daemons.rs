@@ -33,7 +33,8 @@ fn kill(pid: u32) -> Outcome<()> {
 
 fn killed(rig: &Rig) -> Outcome<()> {
     let (first, second) = (rig.blank("first", 1 << 20)?, rig.blank("second", 1 << 20)?);
-    let mut vm = rig.shell().disk(&first, "").disk(&second, "").with(["--cpus", "2"]).start()?;
+    let guest = rig.shell().disk(&first, ",restart=never").disk(&second, ",restart=never");
+    let mut vm = guest.with(["--cpus", "2"]).start()?;
     vm.expect("SHELL", BOOT)?;
     alive(&mut vm, 1)?;
     let daemons = processes("cleave-block", Some(vm.pid()));

@@ -30,7 +30,7 @@ Examples:
         --device type=rng,socket=/run/rng.sock,wait=2min
 
 With --uart stdio, Ctrl-A x quits and Ctrl-A h lists the keys. SIGTERM presses the guest's power button; a second
-one, or SIGINT, stops the machine at once.";
+one, or SIGINT, stops the machine at once. SIGUSR1 prints how the devices are.";
 
 /// A virtual machine monitor whose devices are processes of their own, over vhost-user
 #[derive(Debug, Parser)]
@@ -85,9 +85,12 @@ pub struct RunArgs {
 
     /// Add a disk, served by a cleave-block that is started for it:
     /// PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
+    /// [,restart=always|on-failure|never][,restart-limit=N]
     ///
     /// PATH is an image file or a block device. queues= is the number of vCPUs, at most 4, unless given. cache=none
-    /// bypasses the host's page cache; the default is writeback. A comma in a value is written twice.
+    /// bypasses the host's page cache; the default is writeback. A daemon that ends is started again, and what the guest
+    /// had asked of it is done: always unless restart= says otherwise (on-failure: not after exit code 0), and without
+    /// end unless restart-limit= says how often. A comma in a value is written twice.
     #[arg(long, value_name = "PATH|KEYS", value_parser = |text: &str| options::parse::<DiskConfig>(text, Some("path")))]
     disk: Vec<DiskConfig>,
 

@@ -9,7 +9,8 @@ use cleave_common::options;
 use cleave_common::virtio::DeviceType;
 use serde::{Deserialize, Deserializer};
 
-/// `--disk PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`.
+/// `--disk PATH[,format=raw][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`
+/// `[,restart=always|on-failure|never][,restart-limit=N]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
@@ -25,6 +26,10 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number, at most 20 bytes.
     pub serial: Option<String>,
     pub id: Option<String>,
+    #[serde(default)]
+    pub restart: Restart,
+    /// How often its daemon is started again at most, in the machine's life; without end if absent.
+    pub restart_limit: Option<u32>,
 }
 
 impl DiskConfig {
@@ -37,6 +42,17 @@ impl DiskConfig {
 pub enum DiskFormat {
     #[default]
     Raw,
+}
+
+/// Whether a daemon of ours that ends is started again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    #[default]
+    Always,
+    /// Unless it ended with exit code 0.
+    OnFailure,
+    Never,
 }
 
 /// What stands between the guest's writes and the medium.

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat};
+pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, Restart};
 pub use memory::{Backing, MemoryConfig};
 pub use uart::UartConfig;
 

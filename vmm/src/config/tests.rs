@@ -71,6 +71,19 @@ fn flags_override_and_lists_add_up() {
 }
 
 #[test]
+fn a_disk_says_whether_its_daemon_is_started_again() {
+    let disk = |text| options::parse::<DiskConfig>(text, Some("path"));
+    let plain = disk("a.raw").unwrap();
+    assert_eq!((plain.restart, plain.restart_limit), (Restart::Always, None));
+    let limited = disk("a.raw,restart=on-failure,restart-limit=3").unwrap();
+    assert_eq!((limited.restart, limited.restart_limit), (Restart::OnFailure, Some(3)));
+    let in_file = file("[[disk]]\npath = 'a.raw'\nrestart = 'never'").disk;
+    assert_eq!(in_file[0].restart, Restart::Never);
+    let error = disk("a.raw,restart=sometimes").unwrap_err().to_string();
+    assert!(error.contains("on-failure"), "{error}");
+}
+
+#[test]
 fn the_smallest_machine() {
     let config = bootable().validate().unwrap();
     assert_eq!(config.cpus, 1);

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Invariants: no daemon outlives us: it ends when its socket closes, is killed when the thread that spawned it dies,
-//! and is killed and reaped when its [`Daemon`] is dropped. A key typed at our terminal does not reach it: it is in a
+//! and is killed and reaped when its [`Daemon`] is dropped, unless it is in a system call that cannot be interrupted: that
+//! is waited for only [`KILL_LIMIT`], and the kernel kills it later. A key typed at our terminal does not reach it: it is in a
 //! process group of its own.
 #![expect(unsafe_code, reason = "a closure that runs between fork and exec")]
 
@@ -31,11 +32,18 @@ use rustix::process::{
 
 use crate::plan::DaemonSpec;
 
+mod policy;
+
+pub use policy::{Decision, Restarts};
+
 /// The descriptor that a daemon finds its end of the socketpair at.
 const SOCKET_FD: i32 = 3;
 
 /// How long a daemon that closed its socket may take to end, so that we know why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long a killed daemon is waited for.
+pub const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -57,6 +65,8 @@ pub struct Daemon {
     pidfd: OwnedFd,
     /// Set once it is reaped.
     status: Option<ExitStatus>,
+    /// It has been waited for in vain, and is not again.
+    abandoned: bool,
 }
 
 /// How a daemon ended.
@@ -93,7 +103,7 @@ impl std::error::Error for DaemonExit {}
 /// # Errors
 /// When the program is not found or the system refuses to start it.
 pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
-    let DaemonSpec { program, device, args } = spec;
+    let DaemonSpec { program, device, args, .. } = spec;
     let prepare = |source| DaemonError::Prepare { program: program.clone(), device: device.clone(), source };
     let path = find(program)?;
     let (ours, theirs) = UnixStream::pair().map_err(prepare)?;
@@ -117,7 +127,14 @@ pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
         }
     };
     tracing::debug!("started {} ({device}) as process {}", path.display(), child.id());
-    let daemon = Daemon { program: program.clone(), device: device.clone(), child, pidfd, status: None };
+    let daemon = Daemon {
+        program: program.clone(),
+        device: device.clone(),
+        child,
+        pidfd,
+        status: None,
+        abandoned: false,
+    };
     Ok((daemon, ours))
 }
 
@@ -149,8 +166,8 @@ fn search(program: &str, directories: impl IntoIterator<Item = PathBuf>) -> Opti
 }
 
 impl Daemon {
-    pub fn device(&self) -> &str {
-        &self.device
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// How it ended, if it has; never waits. Ask when the pidfd is readable.
@@ -161,14 +178,12 @@ impl Daemon {
         self.status.map(|status| self.exit_with(status))
     }
 
-    /// SIGKILL: for a daemon that hangs, or that must not touch guest memory any more. Returns once it is gone, which
-    /// a process in an uninterruptible system call may delay.
-    pub fn kill(&mut self) -> Option<DaemonExit> {
-        if self.status.is_none() {
-            let _ = self.child.kill();
-            self.status = self.child.wait().ok();
-        }
-        self.status.map(|status| self.exit_with(status))
+    /// SIGKILL: for a daemon that hangs, or that must not touch guest memory any more. Returns once it is gone; `None` if
+    /// it is not by `deadline`.
+    pub fn kill(&mut self, deadline: Instant) -> Option<DaemonExit> {
+        self.force();
+        self.abandoned = !self.wait_until(deadline);
+        self.exit()
     }
 
     /// SIGKILL, without waiting for the end: the pidfd tells.
@@ -225,19 +240,34 @@ impl AsFd for Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        self.kill();
+        if self.status.is_none() && !self.abandoned {
+            self.kill(Instant::now() + KILL_LIMIT);
+        }
     }
 }
 
-/// Ends all of them: SIGTERM, then SIGKILL for those that are still there after `grace`. How each ended, in order.
-pub fn stop_all(daemons: Vec<Daemon>, grace: Duration) -> Vec<DaemonExit> {
+/// Ends all of them: SIGTERM, then SIGKILL for those that are still there after `grace`. How each ended, in order;
+/// one that even SIGKILL does not end soon is left to the kernel, and said.
+pub fn stop_all(mut daemons: Vec<Daemon>, grace: Duration) -> Vec<DaemonExit> {
     daemons.iter().for_each(Daemon::terminate);
     let deadline = Instant::now() + grace;
-    let stop = |mut daemon: Daemon| {
+    daemons.iter().for_each(|daemon| {
         daemon.wait_until(deadline);
-        daemon.kill()
-    };
-    daemons.into_iter().filter_map(stop).collect()
+    });
+    daemons.iter().for_each(Daemon::force);
+    let deadline = Instant::now() + KILL_LIMIT;
+    let mut exits = Vec::new();
+    for daemon in &mut daemons {
+        match daemon.kill(deadline) {
+            Some(exit) => exits.push(exit),
+            None => tracing::warn!(
+                "{} ({}) does not end, even by SIGKILL: it is in a system call that waits",
+                daemon.program,
+                daemon.device
+            ),
+        }
+    }
+    exits
 }
 
 #[cfg(test)]

@@ -3,11 +3,17 @@ use std::path::Path;
 use std::thread;
 
 use super::*;
+use crate::config::Restart;
+
+fn spec(program: &str, device: &str, args: Vec<std::ffi::OsString>) -> DaemonSpec {
+    let (program, device) = (program.into(), device.into());
+    DaemonSpec { program, device, args, restart: Restart::Never, restart_limit: None }
+}
 
 /// A shell that plays the daemon: descriptor 3 is its socket, `$0` is the option that says so.
 fn shell(script: &str) -> (Daemon, UnixStream) {
     let args = vec!["-c".into(), script.into()];
-    spawn(&DaemonSpec { program: "sh".into(), device: "disk0".into(), args }).unwrap()
+    spawn(&spec("sh", "disk0", args)).unwrap()
 }
 
 fn said(mut socket: UnixStream) -> String {
@@ -47,7 +53,7 @@ fn how_it_ended_is_said_in_words() {
     assert_eq!(daemon.exit(), None);
     socket.write_all(b"\n").unwrap();
     assert_eq!(ended(&mut daemon).to_string(), "sh (disk0) was killed by signal 9");
-    assert_eq!(daemon.kill(), daemon.exit());
+    assert_eq!(daemon.kill(Instant::now()), daemon.exit());
 }
 
 #[test]
@@ -105,7 +111,7 @@ fn stopping_is_polite_first() {
 
 #[test]
 fn a_program_that_is_nowhere_is_named() {
-    let spec = DaemonSpec { program: "cleave-nothing".into(), device: "x".into(), args: Vec::new() };
+    let spec = spec("cleave-nothing", "x", Vec::new());
     let error = spawn(&spec).unwrap_err().to_string();
     assert!(error.starts_with("cleave-nothing is neither beside cleave in /"), "{error}");
 }

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use super::buses::Buses;
-use super::connect::{connect_all, start_daemons};
+use super::connect::{check_sockets, connect_all, start_daemons};
 use super::event::{Event, EventQueue, EventSender, SlotIndex};
 use super::firmware;
+use super::health::HealthTable;
 use super::signals::Signals;
 use super::{Machine, Phase};
 use crate::arch::x86_64::{cpuid, msr};
@@ -32,6 +33,7 @@ const QUEUE_SIZE: u16 = 256;
 /// Builds the machine that `config` asks for. `None` if somebody asked to stop before it could run.
 pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let plan = plan::plan(config, cpuid::physical_address_bits()).map_err(Failure::usage)?;
+    check_sockets(&plan.slots)?;
     let boot = firmware::prepare(config, &plan)?;
     raise_file_limit();
     let queue = EventQueue::new().map_err(Failure::host)?;
@@ -42,12 +44,14 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let ram = GuestRam::new(&ram_options(config), &plan.ram).map_err(Failure::host)?;
     let vm = Vm::new(&kvm, Arc::new(ram)).map_err(Failure::host)?;
 
-    let (mut daemons, targets) = start_daemons(&plan.slots)?;
-    let Some(sessions) = connect_all(targets, &mut daemons, &queue, &mut signals)? else { return Ok(None) };
+    let mut health = HealthTable::new(&plan.slots);
+    let (mut daemons, targets) = start_daemons(&plan.slots, &mut health)?;
+    let sessions = connect_all(targets, &plan.slots, &mut daemons, &mut health, &queue, &mut signals)?;
+    let Some(sessions) = sessions else { return Ok(None) };
 
     let buses = Buses::new();
     let routes = Arc::new(Routes::new(vm.clone()).map_err(Failure::host)?);
-    let root = build_pci(&plan, &vm, &routes, sessions, &buses, &queue.sender())?;
+    let (root, devices) = build_pci(&plan, &vm, &routes, sessions, &buses, &queue.sender())?;
     let uart = build_uart(config, &routes, &buses, &line, &queue)?;
     let power_button = add_power(&routes, &buses, &queue.sender())?;
     let vcpus = build_vcpus(config.cpus, &kvm, &vm, Arc::new(buses), &queue.sender())?;
@@ -59,7 +63,8 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
         vm,
         vcpus,
         root,
-        names: plan.slots.into_iter().map(|slot| slot.name).collect(),
+        devices,
+        health,
         uart,
         line,
         power_button,
@@ -93,9 +98,10 @@ fn build_pci(
     sessions: Vec<Negotiated>,
     buses: &Buses,
     events: &EventSender,
-) -> Result<Arc<Root>, Failure> {
+) -> Result<(Arc<Root>, Vec<Arc<Device>>), Failure> {
     let memory = Arc::new(MemoryTable::of(vm.ram()).map_err(Failure::host)?);
     let root = Root::new(&buses.mmio, plan.mmio64.base, plan.mmio64.size);
+    let mut devices = Vec::new();
     for (at, (slot, session)) in plan.slots.iter().zip(sessions).enumerate() {
         let events = events.clone();
         let parts = Parts {
@@ -108,10 +114,11 @@ fn build_pci(
             events: Arc::new(move |event| events.send(Event::Device { slot: SlotIndex(at), event })),
         };
         let device = Device::new(parts, session).map_err(Failure::host)?;
-        root.add(slot.device_number, device).map_err(Failure::internal)?;
+        root.add(slot.device_number, Arc::clone(&device) as _).map_err(Failure::internal)?;
+        devices.push(device);
     }
     root.attach(&buses.pio, &buses.mmio, plan::ECAM.base).map_err(Failure::internal)?;
-    Ok(root)
+    Ok((root, devices))
 }
 
 fn build_uart(

@@ -24,7 +24,7 @@ pub enum Event {
     /// A daemon has been reached and understood, or not.
     Connected {
         slot: SlotIndex,
-        result: Result<Negotiated, ConnectError>,
+        result: Result<Box<Negotiated>, ConnectError>,
     },
     Device {
         slot: SlotIndex,

@@ -4,36 +4,42 @@
 //! ```text
 //!                all daemons answer             guest resets            vCPUs parked
 //!   Connecting ───────────────────> Running ─────────────────> Parking ────────────> Resetting
-//!       │                           │  ^                                                │
-//!       │                           │  └────────────────────────────────────────────────┘
-//!       │ a daemon cannot be had    │ power off, quit, fault       devices reset, guest loaded again
-//!       └───────────> Ended <───────┘ (and from Parking and Resetting)
+//!       │                           │  ^                                                │ devices reset
+//!       │                           │  └─────────────────────────────────────── Draining
+//!       │ a daemon cannot be had    │ power off, quit, fault       killed daemons gone, guest loaded again
+//!       └───────────> Ended <───────┘ (and from Parking, Resetting and Draining)
 //! ```
 //!
 //! Invariants: a vCPU runs only in Running; guest memory is written only while no vCPU and no daemon uses it
-//! (Connecting, Resetting); a daemon that is lost never ends the machine.
+//! (Connecting, Draining); a daemon that is lost never ends the machine.
 
 mod build;
 mod buses;
 mod connect;
+mod devices;
 mod event;
 mod firmware;
+mod health;
 mod signals;
+mod supervise;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cleave_common::exit::{ExitCode, Failure};
-use rustix::event::{PollFd, PollFlags, poll};
+use cleave_common::logging;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub use build::build;
-use event::{Event, EventQueue, SlotIndex};
+use event::{Event, EventQueue};
+use health::HealthTable;
 use signals::{Request, Signals};
+use supervise::Supervisor;
 
 use crate::arch::x86_64::boot::Boot;
 use crate::bus;
-use crate::daemon::{self, Daemon};
+use crate::daemon::{self, KILL_LIMIT};
 use crate::kvm::Vm;
 use crate::kvm::vcpu::{VcpuEvent, VcpuHandle};
 use crate::legacy::line::Line;
@@ -42,7 +48,7 @@ use crate::legacy::terminal::{self, Command};
 use crate::legacy::uart::Uart;
 use crate::pci;
 use crate::vhost::DEFAULT_DEADLINE;
-use crate::virtio::DeviceEvent;
+use crate::virtio::Device;
 
 /// How long all sessions may take to stop: a start under way, then the stop, each with its deadline.
 const STOP_LIMIT: Duration = Duration::from_secs(2 * DEFAULT_DEADLINE.as_secs() + 1);
@@ -60,6 +66,10 @@ enum Phase {
     },
     /// The devices are on their way back to power-on.
     Resetting,
+    /// They are there; a daemon that was killed may still write to guest memory until it is gone, or we give up on that.
+    Draining {
+        until: Instant,
+    },
 }
 
 /// Why a machine ended, where nothing went wrong.
@@ -80,21 +90,22 @@ pub struct Machine {
     /// Dropped before the devices they access.
     vcpus: Vec<VcpuHandle>,
     root: Arc<pci::Root>,
-    /// What messages call the devices, by slot.
-    names: Vec<String>,
+    /// By slot.
+    devices: Vec<Arc<Device>>,
+    health: HealthTable,
     uart: Arc<Uart>,
     line: Line,
     power_button: Arc<bus::Event>,
     boot: Boot,
     /// Last, so that the sessions with them have ended.
-    daemons: Vec<Daemon>,
+    daemons: Supervisor,
 }
 
 impl Machine {
     /// Runs the guest until it, or somebody who may, ends it.
     pub fn run(mut self) -> Result<Ending, Failure> {
         self.line.take_terminal();
-        let result = self.power_on().and_then(|()| self.work());
+        let result = self.power_on(false).and_then(|()| self.work());
         self.shut_down();
         result
     }
@@ -117,14 +128,15 @@ impl Machine {
                     return Ok(ending);
                 }
             }
-            self.reap_daemons();
+            self.look_after_daemons();
+            self.drained()?;
         }
     }
 
     /// Sleeps until something wants the machine thread.
     fn wait(&self) {
         let stalled = self.line.output().stalled();
-        let daemons = self.daemons.iter().map(|daemon| (daemon.as_fd(), PollFlags::IN));
+        let daemons = self.daemons.fds().map(|fd| (fd, PollFlags::IN));
         let mut fds: Vec<_> = [(self.queue.wake().as_fd(), PollFlags::IN)]
             .into_iter()
             .chain(self.signals.fds().map(|fd| (fd, PollFlags::IN)))
@@ -133,8 +145,15 @@ impl Machine {
             .chain(daemons)
             .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
             .collect();
+        let draining = match self.phase {
+            Phase::Draining { until } => Some(until),
+            _ => None,
+        };
+        let due = [self.daemons.next_due(), draining].into_iter().flatten().min();
+        let left = due.map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         // A signal or a failure only means one look too many.
-        let _ = poll(&mut fds, None);
+        let _ = poll(&mut fds, timeout.as_ref());
     }
 
     fn handle(&mut self, event: Event) -> Result<Option<Ending>, Failure> {
@@ -144,10 +163,10 @@ impl Machine {
             Event::Power(PowerRequest::Reset) => self.reset(),
             Event::DevicesReset => {
                 if matches!(self.phase, Phase::Resetting) {
-                    self.power_on()?;
+                    self.phase = Phase::Draining { until: Instant::now() + KILL_LIMIT };
                 }
             }
-            Event::Device { slot, event } => self.report(slot, &event),
+            Event::Device { slot, event } => self.hear_device(slot, event),
             // All of them were taken before there was a machine.
             Event::Connected { .. } => {}
         }
@@ -188,9 +207,23 @@ impl Machine {
         }
     }
 
+    /// Draining -> Running, once no daemon that was killed is left.
+    fn drained(&mut self) -> Result<(), Failure> {
+        let Phase::Draining { until } = self.phase else { return Ok(()) };
+        if self.daemons.is_killing() {
+            if Instant::now() < until {
+                return Ok(());
+            }
+            tracing::error!(
+                "a daemon does not end, even by SIGKILL: the guest is started again, and what the daemon has in flight may still reach its memory"
+            );
+        }
+        self.power_on(true)
+    }
+
     /// Loads the guest and starts the first vCPU at its entry; the others wait for the guest to start them.
-    fn power_on(&mut self) -> Result<(), Failure> {
-        if matches!(self.phase, Phase::Resetting) {
+    fn power_on(&mut self, again: bool) -> Result<(), Failure> {
+        if again {
             self.vm.ram().clear().map_err(Failure::host)?;
             self.vm.reset_irqchips().map_err(Failure::host)?;
             self.uart.reset();
@@ -207,13 +240,11 @@ impl Machine {
     /// Stops the guest, lets every daemon finish what it has in flight, then ends the daemons.
     fn shut_down(&mut self) {
         self.vcpus.clear();
-        let (done, wait) = std::sync::mpsc::channel();
-        self.root.reset(move || {
-            let _ = done.send(());
-        });
+        let events = self.queue.sender();
+        self.root.reset(move || events.send(Event::DevicesReset));
         // Every session meets its deadline by then; a daemon that did not is ended below all the same.
-        let _ = wait.recv_timeout(STOP_LIMIT);
-        for exit in daemon::stop_all(std::mem::take(&mut self.daemons), DAEMON_GRACE) {
+        self.await_devices(Instant::now() + STOP_LIMIT);
+        for exit in daemon::stop_all(std::mem::take(&mut self.daemons).into_daemons(), DAEMON_GRACE) {
             if !exit.success() {
                 tracing::warn!("{exit}");
             }
@@ -228,6 +259,10 @@ impl Machine {
                 None
             }
             Request::Terminate | Request::Quit => Some(Ending::Quit),
+            Request::Report => {
+                logging::print(&self.health.to_string());
+                None
+            }
         }
     }
 
@@ -238,32 +273,5 @@ impl Machine {
             Command::Help => eprintln!("\n{}", terminal::HELP),
         }
         None
-    }
-
-    fn reap_daemons(&mut self) {
-        self.daemons.retain_mut(|daemon| match daemon.exit() {
-            Some(exit) => {
-                tracing::error!("{exit}; the machine goes on without its device");
-                false
-            }
-            None => true,
-        });
-    }
-
-    fn report(&self, slot: SlotIndex, event: &DeviceEvent) {
-        let device = self.names.get(slot.0).map_or("?", String::as_str);
-        match event {
-            DeviceEvent::Running => tracing::debug!("device {device} runs"),
-            DeviceEvent::Lost { reason } => {
-                tracing::error!("device {device} is lost: {reason}; the machine goes on without it");
-                // One of ours that hangs must not wake up later and write to memory that is no longer its buffers.
-                if let Some(daemon) = self.daemons.iter().find(|daemon| daemon.device() == device) {
-                    daemon.force();
-                }
-            }
-            DeviceEvent::Refused { reason } => {
-                tracing::error!("the driver of device {device} set it up in a way that cannot be: {reason}");
-            }
-        }
     }
 }

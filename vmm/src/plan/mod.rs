@@ -19,7 +19,7 @@ use std::time::Duration;
 use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
-use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig};
+use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig, Restart};
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -83,6 +83,9 @@ pub struct DaemonSpec {
     pub device: String,
     /// Its arguments, but for `--fd`.
     pub args: Vec<OsString>,
+    pub restart: Restart,
+    /// How often it is started again at most; without end if absent.
+    pub restart_limit: Option<u32>,
 }
 
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -123,8 +126,13 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
         let name = disk.id.clone().unwrap_or_else(|| format!("disk{at}"));
         let queues = disk.queues.unwrap_or_else(|| u16::from(config.cpus).min(DiskConfig::DEFAULT_QUEUES));
         let args = block_arguments(disk, queues);
-        let backend =
-            Backend::Spawn(DaemonSpec { program: "cleave-block".to_owned(), device: name.clone(), args });
+        let backend = Backend::Spawn(DaemonSpec {
+            program: "cleave-block".to_owned(),
+            device: name.clone(),
+            args,
+            restart: disk.restart,
+            restart_limit: disk.restart_limit,
+        });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {

@@ -6,12 +6,16 @@ use std::time::Duration;
 
 use cleave_common::vhost_user::{ChannelError, FrontendRequest, Malformed};
 
+use super::inflight::InflightError;
+
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     #[error("no daemon listens on {}: start it, or wait longer for it with wait=", path.display())]
     NobodyListens { path: PathBuf, source: io::Error },
     #[error("cannot connect to {}", path.display())]
     Connect { path: PathBuf, source: io::Error },
+    #[error("{} is not a socket: name the one that the daemon listens on", .0.display())]
+    NotASocket(PathBuf),
     #[error("the daemon did not answer {request} within {} s{}", limit.as_secs_f64(), who_hangs(*request))]
     Timeout { request: FrontendRequest, limit: Duration },
     #[error("the daemon closed the connection at {request}{}", who_closes(*request))]
@@ -34,6 +38,16 @@ pub enum SessionError {
     NoVersion1 { features: u64 },
     #[error("the daemon says that it has no queue")]
     NoQueues,
+    #[error("the daemon makes no sense: {0}")]
+    Inflight(#[from] InflightError),
+    #[error(
+        "the daemon that is there now does not offer all features that the guest has seen ({missing:#x} are missing): start it as the first one was"
+    )]
+    FewerFeatures { missing: u64 },
+    #[error(
+        "the daemon that is there now has {has} queues and the guest has seen {had}: start it as the first one was"
+    )]
+    FewerQueues { has: u16, had: u16 },
     #[error("vhost-user socket")]
     Io(#[from] io::Error),
 }
@@ -47,6 +61,16 @@ impl SessionError {
             ChannelError::Malformed(source) => Self::Malformed { request, source },
             ChannelError::Io(source) => Self::Io(source),
         }
+    }
+
+    /// Whether the daemon's end of the socket is closed: it is gone, or has let go of this session.
+    pub(super) fn is_hang_up(&self) -> bool {
+        matches!(self, Self::Closed { .. } | Self::HungUp)
+    }
+
+    /// Whether there simply is no daemon: the ordinary reason for which a lost device stays lost.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, Self::NobodyListens { .. })
     }
 
     /// Whether another try may find a daemon that is up by then.

@@ -1,15 +1,21 @@
 //! A vhost-user daemon by script, for faults that no real daemon can be made to have.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use cleave_common::vhost_user::features::{protocol, virtio};
 use cleave_common::vhost_user::{
-    Channel, Config, Flags, FrontendRequest as Request, Message, Payload, VringState,
+    Channel, Config, Flags, FrontendRequest as Request, Inflight, Message, Payload, VringState,
 };
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+/// Bytes of one queue's record of requests in flight.
+pub(crate) const RECORD: u64 = 8192;
 
 /// What to do wrong at a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,14 +79,47 @@ struct Log {
 /// A daemon on a thread.
 pub(crate) struct Daemon {
     log: Arc<Log>,
+    socket: UnixStream,
+    held: Arc<AtomicBool>,
+    /// Dropped with the daemon, which lets one that is held go.
+    _release: Sender<()>,
     pub(crate) thread: JoinHandle<()>,
 }
 
 impl Daemon {
     pub(crate) fn serve(script: Script, socket: UnixStream) -> Self {
         let log = Arc::new(Log::default());
-        let worker = Worker { script, channel: Channel::new(socket), log: Arc::clone(&log), acks: false };
-        Self { log, thread: thread::spawn(|| worker.run()) }
+        let held = Arc::new(AtomicBool::new(false));
+        let kept = socket.try_clone().unwrap();
+        let (release, released) = channel();
+        let worker = Worker {
+            script,
+            channel: Channel::new(socket),
+            log: Arc::clone(&log),
+            held: Arc::clone(&held),
+            acks: false,
+        };
+        let thread = thread::spawn({
+            let (socket, held) = (kept.try_clone().unwrap(), Arc::clone(&held));
+            move || {
+                worker.run();
+                if held.load(Ordering::SeqCst) {
+                    let _ = released.recv();
+                }
+                let _ = socket.shutdown(std::net::Shutdown::Both);
+            }
+        });
+        Self { log, socket: kept, held, _release: release, thread }
+    }
+
+    /// As if it were killed.
+    pub(crate) fn end(&self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// From now on it answers nothing, and does not close its socket either.
+    pub(crate) fn hold(&self) {
+        self.held.store(true, Ordering::SeqCst);
     }
 
     /// A daemon and the frontend's end of its socket.
@@ -117,6 +156,7 @@ struct Worker {
     script: Script,
     channel: Channel,
     log: Arc<Log>,
+    held: Arc<AtomicBool>,
     /// REPLY_ACK was negotiated.
     acks: bool,
 }
@@ -124,10 +164,15 @@ struct Worker {
 impl Worker {
     fn run(mut self) {
         while let Ok(Some(message)) = self.channel.recv(None) {
+            if self.held.load(Ordering::SeqCst) {
+                continue;
+            }
             let request = Request::try_from(message.request).unwrap();
             let fault = self.script.fault.clone().filter(|(at, _)| *at == request).map(|(_, fault)| fault);
             let Message { flags, body, fds, .. } = message;
             let answer = self.answer(request, flags, &body);
+            let given = if request == Request::GetInflightFd { self.record() } else { None };
+            let given: Vec<_> = given.iter().map(|file| file.as_fd()).collect();
             // Before the answer: whoever has that finds the request in the log.
             self.note(Seen { request, body, fds });
             if let Some((_, pause)) = self.script.slow.filter(|(at, _)| *at == request) {
@@ -146,9 +191,8 @@ impl Worker {
                 }
                 Some(Fault::Answer(body)) => self.channel.send(request, Flags::REPLY, &body, &[], None),
                 Some(Fault::OtherRequest) => self.channel.send(99u32, Flags::REPLY, &[0; 8], &[], None),
-                None => {
-                    answer.map_or(Ok(()), |body| self.channel.send(request, Flags::REPLY, &body, &[], None))
-                }
+                None => answer
+                    .map_or(Ok(()), |body| self.channel.send(request, Flags::REPLY, &body, &given, None)),
             }) else {
                 return;
             };
@@ -160,6 +204,13 @@ impl Worker {
         self.log.more.notify_all();
     }
 
+    /// A fresh record of requests in flight.
+    fn record(&self) -> Option<OwnedFd> {
+        let file = memfd_create("inflight", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, RECORD * self.script.queues).unwrap();
+        Some(file)
+    }
+
     fn answer(&mut self, request: Request, flags: Flags, body: &[u8]) -> Option<Vec<u8>> {
         match request {
             Request::GetFeatures => Some(self.script.features.encode()),
@@ -169,6 +220,10 @@ impl Worker {
             Request::GetVringBase => {
                 let VringState { index, .. } = VringState::decode(body).unwrap();
                 Some(VringState { index, num: 7 }.encode())
+            }
+            Request::GetInflightFd => {
+                let asked = Inflight::decode(body).unwrap();
+                Some(Inflight { mmap_size: RECORD * self.script.queues, ..asked }.encode())
             }
             Request::SetProtocolFeatures => {
                 self.acks = u64::decode(body).unwrap() & protocol::REPLY_ACK != 0;

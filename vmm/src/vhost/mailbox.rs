@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::ring::Ring;
@@ -12,11 +13,32 @@ use crate::bus::Event;
 const MAX_CONFIG_WRITES: usize = 64;
 
 /// What a driver that set DRIVER_OK wants to run.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Start {
     /// Features the driver acknowledged.
     pub features: u64,
     pub rings: Vec<Ring>,
+}
+
+impl Start {
+    pub(super) fn set_call(&mut self, queue: u8, call: Option<Arc<Event>>) {
+        if let Some(ring) = self.ring_mut(queue) {
+            ring.call = call;
+        }
+    }
+
+    pub(super) fn ring_mut(&mut self, queue: u8) -> Option<&mut Ring> {
+        self.rings.iter_mut().find(|ring| ring.index == queue)
+    }
+}
+
+/// A daemon that was started in place of one that ended.
+#[derive(Debug)]
+pub struct Successor {
+    /// Our end of its socket.
+    pub socket: UnixStream,
+    /// Which one it is, for whoever hears of it later; the first daemon of a session is 0.
+    pub serial: u32,
 }
 
 /// Bytes a driver wrote to config space.
@@ -30,8 +52,11 @@ pub(super) struct ConfigWrite {
 #[derive(Debug, Default)]
 pub(super) struct Notes {
     pub(super) quit: bool,
+    pub(super) successor: Option<Successor>,
     /// Stop the rings and reset the device.
     pub(super) stop: bool,
+    /// Reset the device, whose rings do not run.
+    pub(super) refresh: bool,
     pub(super) config_writes: VecDeque<ConfigWrite>,
     pub(super) start: Option<Start>,
     /// Writes made after the start was asked for: a daemon may refuse them before it knows the driver's features.
@@ -63,9 +88,23 @@ impl Mailbox {
     /// deadline in any case. What else was asked for and not yet done is not done any more.
     pub fn stop(&self) {
         self.leave(|notes| {
-            let quit = notes.quit;
-            *notes = Notes { quit, stop: true, ..Notes::default() };
+            let (quit, successor) = (notes.quit, notes.successor.take());
+            *notes = Notes { quit, successor, stop: true, ..Notes::default() };
         });
+    }
+
+    /// Takes back the config writes that wait, and asks for the device to be reset, because of those that do not wait any
+    /// more. For a driver that resets the device before it has started it; [`super::Observer::config`] answers.
+    pub fn refresh(&self) {
+        self.leave(|notes| {
+            notes.config_writes.clear();
+            notes.refresh = true;
+        });
+    }
+
+    /// Brings a daemon that was started in place of one that ended.
+    pub fn reconnect(&self, successor: Successor) {
+        self.leave(|notes| notes.successor = Some(successor));
     }
 
     /// The daemon is to signal `call` for this queue from now on.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use cleave_common::vhost_user::{self as wire, MAX_TABLE_REGIONS, MemoryRegion};
 
+use rustix::io::pread;
+
 use crate::memory::GuestRam;
 
 /// User addresses on the wire are guest-physical addresses plus this, never addresses of ours: a daemon that forgets
@@ -76,6 +78,17 @@ impl MemoryTable {
         let end = start.checked_add(len)?;
         let holds = |region: &&Region| region.start <= start && end <= region.start + region.len;
         self.regions.iter().find(holds).map(|_| USER_BASE + start)
+    }
+
+    /// Two bytes of RAM at a user address. Through the file: this module has no mapping of its own.
+    pub(super) fn read_u16(&self, user: u64) -> Option<u16> {
+        let start = user.checked_sub(USER_BASE)?;
+        let end = start.checked_add(2)?;
+        let holds = |region: &&Region| region.start <= start && end <= region.start + region.len;
+        let region = self.regions.iter().find(holds)?;
+        let mut bytes = [0; 2];
+        let got = pread(&region.file, &mut bytes, region.offset + (start - region.start)).ok()?;
+        (got == bytes.len()).then(|| u16::from_le_bytes(bytes))
     }
 
     pub(super) fn regions(&self) -> &[Region] {

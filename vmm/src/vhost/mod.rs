@@ -3,26 +3,35 @@
 //! ```text
 //!   connect()        Negotiated::spawn()               Mailbox::start()
 //!   ────────> Negotiated ─────────> session thread: Negotiated ⇄ Running
-//!                                                       Mailbox::stop()
-//!                                        any error, deadline or hang-up: Lost, with its reason
+//!                                              ^       Mailbox::stop()
+//!                                              │
+//!       the way back, without end ─────────── Lost <── any error, deadline or hang-up
 //! ```
 //!
 //! Invariants: only the session's thread touches the socket; whoever uses the device leaves a note in its mailbox and
-//! never waits; every exchange ends by a deadline; addresses on the wire are never ours, see [`MemoryTable`].
+//! never waits; every exchange ends by a deadline; addresses on the wire are never ours, see [`MemoryTable`]; a request
+//! that a lost daemon had is done again once, or the driver is told that the device needs a reset.
 
+mod backend;
 mod connect;
 mod error;
 #[cfg(test)]
 pub(crate) mod fake;
+mod inflight;
+mod lost;
 mod mailbox;
 mod memory;
+mod recovery;
 mod ring;
+mod running;
 mod session;
+mod watch;
 mod wire;
 
-pub use connect::{Endpoint, Negotiated, Target, connect};
+pub use connect::{Endpoint, Negotiated, Patience, Target, connect, is_no_socket};
 pub use error::{ConnectError, SessionError};
-pub use mailbox::{Mailbox, Start};
+pub use lost::CannotResume;
+pub use mailbox::{Mailbox, Start, Successor};
 pub use memory::MemoryTable;
 #[cfg(test)]
 pub use memory::Region;

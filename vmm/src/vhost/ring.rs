@@ -13,6 +13,21 @@ pub struct RingAddresses {
     pub used: u64,
 }
 
+/// How far a virtqueue has got: `idx` of the available ring, which the driver moves, and of the used ring, which the
+/// device moves (virtio 1.2, 2.7.6 and 2.7.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Indices {
+    pub(super) available: u16,
+    pub(super) used: u16,
+}
+
+impl Indices {
+    /// Buffers that the driver made available and the device has not used.
+    pub(super) fn outstanding(self) -> u16 {
+        self.available.wrapping_sub(self.used)
+    }
+}
+
 /// A guest's virtqueue that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -65,5 +80,12 @@ impl Ring {
             used: user("used ring", guest.used, 6 + 8 * entries, 4)?,
         };
         Ok(Self { index, size, addresses, kick, call })
+    }
+
+    /// As guest memory has them now; `None` if it cannot be read.
+    pub(super) fn indices(&self, memory: &MemoryTable) -> Option<Indices> {
+        const IDX: u64 = 2;
+        let read = |ring: u64| memory.read_u16(ring + IDX);
+        Some(Indices { available: read(self.addresses.available)?, used: read(self.addresses.used)? })
     }
 }

@@ -1,34 +1,35 @@
 //! The session's thread.
 //!
 //! ```text
-//!                  start                      any error, deadline, hang-up
-//!   Negotiated ───────────> Running ───┐         ┌──────────────> Lost
-//!       ^  └───────────────────────────┼─────────┘                 │
-//!       └────────── stop ──────────────┘                           └─ answers stops at once, until quit
+//!                  start                    any error, deadline, hang-up
+//!   Negotiated ───────────> Running ───┐         ┌──────────────────> Lost, see `lost`
+//!       ^  ^ └─────────────────────────┼─────────┘                     │ │
+//!       │  └────────── stop ───────────┘                               │ │
+//!       └── nothing is wanted ── a daemon is readmitted ───────────────┘ └─> Running, with what was wanted
 //! ```
 //!
 //! Invariants: each state owns what it needs and a transition consumes it; every stop is answered by exactly one
-//! `stopped`; once lost, no more is read from the daemon nor written to it, and its socket is closed.
-//!
-//! A later reconnect is one more arrow, from Lost back to Negotiated: what it replays (features, rings) is in
-//! [`Start`], which Lost will then keep.
+//! `stopped`; once lost, no more is read from that daemon nor written to it; a daemon is readmitted only if it
+//! has all that the guest has seen of the first one.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use cleave_common::vhost_user::features::{protocol, virtio};
-use cleave_common::vhost_user::{Config, FrontendRequest, VringAddr, VringFd, VringState};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::SessionError;
-use super::connect::{Negotiated, get_config};
+use super::backend::Told;
+use super::connect::{Negotiated, Offer, Peer};
+use super::lost::{CannotResume, Lost, Wanted};
 use super::mailbox::{ConfigWrite, Mailbox, Notes, Start};
 use super::memory::MemoryTable;
-use super::ring::Ring;
-use super::wire::{Limit, Wire};
+use super::running::{Active, Written};
+use super::watch::Watch;
+use super::wire::Limit;
 use crate::bus::Event;
 
 /// Stack of a session's thread in bytes: it calls nothing deep, and there may be 31 of them.
@@ -36,14 +37,20 @@ const STACK: usize = 128 << 10;
 
 /// Who hears what became of the notes in a mailbox. Called on the session's thread; must not wait.
 pub trait Observer: Send + Sync {
-    /// The daemon has the rings.
+    /// The daemon has the rings that were asked for.
     fn started(&self);
     /// The rings are stopped, or the daemon is lost: either way it is told nothing more of them.
     fn stopped(&self);
-    /// Config space as the daemon has it after a write.
+    /// Config space as the daemon has it: after a write, a reset, a change of its own, or a reconnect.
     fn config(&self, config: &[u8]);
-    /// The daemon is gone, hangs or makes no sense. Said once.
-    fn lost(&self, reason: &SessionError);
+    /// The daemon of this [`super::Successor::serial`] is gone, hangs or makes no sense. Said once, until another is there.
+    fn lost(&self, serial: u32, reason: &SessionError);
+    /// A daemon is back `after` this long, and what ran runs again, with so many requests submitted again.
+    fn reconnected(&self, after: Duration, replayed: u64);
+    /// Whoever is there instead of the lost daemon will not do; or nobody is.
+    fn attempt_failed(&self, serial: u32, reason: &SessionError);
+    /// What ran cannot be resumed: only a reset by the driver helps.
+    fn needs_reset(&self, reason: CannotResume);
 }
 
 /// The thread, which dropping this tells to end: it closes the daemon's socket, by the deadline of what it is just
@@ -62,8 +69,18 @@ impl Negotiated {
         memory: Arc<MemoryTable>,
         observer: Weak<dyn Observer>,
     ) -> io::Result<SessionThread> {
-        let worker = Worker { mailbox: Arc::clone(&mailbox), memory, observer };
-        let name = self.device.clone();
+        let worker = Worker {
+            mailbox: Arc::clone(&mailbox),
+            memory,
+            observer,
+            peer: Arc::clone(&self.peer),
+            first: self.offer.clone(),
+            written: Written::default(),
+            serial: 0,
+            connected: Instant::now(),
+            pause: Duration::ZERO,
+        };
+        let name = self.peer.device.clone();
         thread::Builder::new().name(name).stack_size(STACK).spawn(move || worker.run(self))?;
         Ok(SessionThread(mailbox))
     }
@@ -76,29 +93,40 @@ impl Drop for SessionThread {
 }
 
 /// A connection whose rings run.
-struct Running {
+pub(super) struct Running {
     session: Negotiated,
-    rings: Vec<Ring>,
+    active: Active,
+    watch: Watch,
 }
 
-enum Session {
+pub(super) enum Session {
     Negotiated(Negotiated),
     Running(Running),
-    Lost,
+    Lost(Lost),
 }
 
-struct Worker {
+pub(super) struct Worker {
     mailbox: Arc<Mailbox>,
-    memory: Arc<MemoryTable>,
+    pub(super) memory: Arc<MemoryTable>,
     observer: Weak<dyn Observer>,
+    pub(super) peer: Arc<Peer>,
+    /// What the first daemon offered, and the guest has seen.
+    pub(super) first: Offer,
+    pub(super) written: Written,
+    /// Of the daemon that is there, or was last.
+    pub(super) serial: u32,
+    /// When it came.
+    pub(super) connected: Instant,
+    /// Before the next attempt to reach a daemon that keeps ending.
+    pub(super) pause: Duration,
 }
 
 impl Worker {
-    fn run(self, session: Negotiated) {
+    fn run(mut self, session: Negotiated) {
         let mut session = Session::Negotiated(session);
         loop {
             self.wait(&session);
-            session = self.checked(session);
+            session = self.look(session);
             let notes = self.mailbox.take();
             if notes.quit {
                 return;
@@ -107,29 +135,68 @@ impl Worker {
         }
     }
 
-    /// Sleeps until there is a note, or the daemon does something it was not asked for.
+    /// Sleeps until there is a note, the daemon does something it was not asked for, or it is time to look.
     fn wait(&self, session: &Session) {
-        let ready = PollFd::new(&self.mailbox.ready, PollFlags::IN);
+        let mut fds = vec![PollFd::new(&self.mailbox.ready, PollFlags::IN)];
+        let mut add = |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags));
+        if let Some(connection) = session.connection_ref() {
+            add(connection.wire.as_fd(), PollFlags::IN);
+            if let Some(channel) = connection.backend.as_ref().and_then(|backend| backend.interest()) {
+                add(channel, PollFlags::IN);
+            }
+        }
+        if let Session::Lost(lost) = session
+            && let Some((fd, flags)) = lost.interest()
+        {
+            add(fd, flags);
+        }
+        let timeout = session.wakes_at().map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
         // A signal or a failure only means one look too many.
-        let _ = match session.wire() {
-            Some(wire) => poll(&mut [ready, PollFd::from_borrowed_fd(wire.as_fd(), PollFlags::IN)], None),
-            None => poll(&mut [ready], None),
-        };
+        let _ = poll(&mut fds, timeout.as_ref());
     }
 
-    fn checked(&self, mut session: Session) -> Session {
-        match session.connection().map_or(Ok(()), |connection| connection.wire.check_idle()) {
-            Ok(()) => session,
-            Err(error) => self.lose(&error),
+    /// What the daemon does of itself, or fails to do.
+    fn look(&mut self, mut session: Session) -> Session {
+        if let Session::Lost(lost) = session {
+            return self.look_for_a_successor(lost);
+        }
+        let result = session.connection().map_or(Ok(()), |connection| self.look_at(connection));
+        let result = match (result, &mut session) {
+            (Ok(()), Session::Running(running)) => running.look(&self.memory),
+            (result, _) => result,
+        };
+        self.settle(session, result)
+    }
+
+    fn look_at(&self, connection: &mut Negotiated) -> Result<(), SessionError> {
+        connection.wire.check_idle()?;
+        let Some(backend) = &mut connection.backend else { return Ok(()) };
+        match backend.serve(&self.peer.device) {
+            Told::Nothing => Ok(()),
+            Told::ConfigChanged => self.read_config(connection),
         }
     }
 
+    fn read_config(&self, connection: &mut Negotiated) -> Result<(), SessionError> {
+        if let Some(config) = connection.config(connection.limit())? {
+            self.observe(|observer| observer.config(&config));
+        }
+        Ok(())
+    }
+
     /// Works the notes off. Once a newer note asks for a stop or the end, what is left of these is void.
-    fn work(&self, mut session: Session, notes: Notes) -> Session {
-        let Notes { quit: _, stop, config_writes, start, late_config_writes, calls } = notes;
+    fn work(&mut self, mut session: Session, notes: Notes) -> Session {
+        let Notes { quit: _, successor, stop, refresh, config_writes, start, late_config_writes, calls } =
+            notes;
+        if let Some(successor) = successor {
+            session = self.bring(session, successor);
+        }
         if stop {
-            session = self.settle(session.stop());
-            self.observe(|observer| observer.stopped());
+            session = self.stop(session);
+        }
+        if refresh {
+            session = self.reset(session);
         }
         session = self.write_config(session, config_writes);
         if let Some(start) = start.filter(|_| !self.mailbox.must_stop()) {
@@ -140,197 +207,173 @@ impl Worker {
             if self.mailbox.must_stop() {
                 break;
             }
-            let result = session.set_call(queue, call);
-            session = self.settle(result);
+            session = self.set_call(session, queue, call);
         }
         session
     }
 
-    fn start(&self, session: Session, start: Start) -> Session {
+    fn start(&mut self, session: Session, start: Start) -> Session {
         match session {
-            Session::Negotiated(session) => match session.start(&self.memory, start) {
-                Ok(running) => {
-                    self.observe(|observer| observer.started());
-                    Session::Running(running)
+            Session::Negotiated(mut connection) => {
+                let mut active = Active::new(start);
+                match connection.start(&self.memory, &mut active) {
+                    Ok(()) => {
+                        self.observe(|observer| observer.started());
+                        Session::Running(Running::new(connection, active))
+                    }
+                    Err(error) => self.lose(connection, Wanted::from_active(active), &error),
                 }
-                Err(error) => self.lose(&error),
-            },
-            // The transport starts a session once between two stops; a lost one has nobody to tell.
+            }
+            Session::Lost(mut lost) => {
+                lost.wanted = Wanted::Fresh(start);
+                Session::Lost(lost)
+            }
+            // The transport starts a session once between two stops.
+            running @ Session::Running(_) => running,
+        }
+    }
+
+    /// Answers by `stopped`, at once or as soon as a daemon that hangs is certainly gone.
+    fn stop(&mut self, session: Session) -> Session {
+        let mut session = match session {
+            Session::Running(Running { session: mut connection, active, .. }) => {
+                let limit = connection.limit();
+                match connection.stop(&active.start.rings, limit) {
+                    Ok(()) => self.reset_within(connection, limit),
+                    // Until it has hung up it may still write, although nothing is wanted of it any more.
+                    Err(error) => self.lose(connection, Wanted::from_active(active), &error),
+                }
+            }
+            idle => self.reset(idle),
+        };
+        let now = match &mut session {
+            Session::Lost(lost) => lost.stop(),
+            _ => true,
+        };
+        self.written.forget();
+        if now {
+            self.observe(|observer| observer.stopped());
+        }
+        session
+    }
+
+    fn reset(&mut self, session: Session) -> Session {
+        self.written.forget();
+        match session {
+            Session::Negotiated(connection) => {
+                let limit = connection.limit();
+                self.reset_within(connection, limit)
+            }
             other => other,
         }
     }
 
+    /// A reset undoes what the driver wrote to config space, which it may read as soon as the reset is complete.
+    fn reset_within(&mut self, mut connection: Negotiated, limit: Limit) -> Session {
+        let result = connection.reset(limit).and_then(|()| connection.config(limit));
+        match result {
+            Ok(config) => {
+                if let Some(config) = config {
+                    self.observe(|observer| observer.config(&config));
+                }
+                Session::Negotiated(connection)
+            }
+            Err(error) => self.lose(connection, Wanted::Nothing, &error),
+        }
+    }
+
     /// All of the writes have one deadline: a guest decides how many there are.
-    fn write_config(&self, mut session: Session, writes: VecDeque<ConfigWrite>) -> Session {
-        let Some(limit) = session.connection().map(|connection| Limit::new(connection.deadline)) else {
-            return session;
-        };
+    fn write_config(&mut self, mut session: Session, writes: VecDeque<ConfigWrite>) -> Session {
+        let limit = session.connection().map(|connection| connection.limit());
         for write in writes {
             if self.mailbox.must_stop() {
                 break;
             }
-            let Some(connection) = session.connection() else { break };
-            match connection.write_config(write, limit) {
-                Ok(None) => {}
-                Ok(Some(config)) => self.observe(|observer| observer.config(&config)),
-                Err(error) => session = self.lose(&error),
-            }
+            self.written.note(&write);
+            let (Some(connection), Some(limit)) = (session.connection(), limit) else { continue };
+            let result = connection.write_config(write, limit).and_then(|()| connection.config(limit));
+            let result = result.map(|config| {
+                if let Some(config) = config {
+                    self.observe(|observer| observer.config(&config));
+                }
+            });
+            session = self.settle(session, result);
         }
         session
     }
 
-    fn settle(&self, result: Result<Session, SessionError>) -> Session {
-        result.unwrap_or_else(|error| self.lose(&error))
+    fn set_call(&mut self, mut session: Session, queue: u8, call: Option<Arc<Event>>) -> Session {
+        let result = match &mut session {
+            Session::Running(Running { session, active, .. }) => {
+                active.start.set_call(queue, call);
+                let ring = active.start.ring_mut(queue).map(|ring| ring.clone());
+                ring.map_or(Ok(()), |ring| session.give_call(&ring, session.limit()))
+            }
+            Session::Lost(lost) => {
+                lost.wanted.set_call(queue, call);
+                Ok(())
+            }
+            Session::Negotiated(_) => Ok(()),
+        };
+        self.settle(session, result)
     }
 
-    fn lose(&self, reason: &SessionError) -> Session {
-        self.observe(|observer| observer.lost(reason));
-        Session::Lost
+    pub(super) fn settle(&mut self, session: Session, result: Result<(), SessionError>) -> Session {
+        let Err(error) = result else { return session };
+        match session {
+            Session::Negotiated(connection) => self.lose(connection, Wanted::Nothing, &error),
+            Session::Running(Running { session, active, .. }) => {
+                self.lose(session, Wanted::from_active(active), &error)
+            }
+            lost @ Session::Lost(_) => lost,
+        }
     }
 
-    fn observe(&self, tell: impl FnOnce(&dyn Observer)) {
+    pub(super) fn observe(&self, tell: impl FnOnce(&dyn Observer)) {
         if let Some(observer) = self.observer.upgrade() {
             tell(observer.as_ref());
         }
     }
 }
 
+impl Running {
+    pub(super) fn new(session: Negotiated, active: Active) -> Self {
+        let watch = Watch::new(session.peer.patience.look);
+        Self { session, active, watch }
+    }
+
+    /// Now and then: whether the daemon still gets on.
+    fn look(&mut self, memory: &MemoryTable) -> Result<(), SessionError> {
+        if self.watch.is_due() && self.watch.stands_still(self.active.indices(memory)) {
+            return self.session.are_you_there();
+        }
+        Ok(())
+    }
+}
+
 impl Session {
-    fn wire(&self) -> Option<&Wire> {
+    fn connection_ref(&self) -> Option<&Negotiated> {
         match self {
-            Self::Negotiated(session) => Some(&session.wire),
-            Self::Running(running) => Some(&running.session.wire),
-            Self::Lost => None,
+            Self::Negotiated(session) | Self::Running(Running { session, .. }) => Some(session),
+            Self::Lost(_) => None,
         }
     }
 
     fn connection(&mut self) -> Option<&mut Negotiated> {
         match self {
-            Self::Negotiated(session) => Some(session),
-            Self::Running(running) => Some(&mut running.session),
-            Self::Lost => None,
+            Self::Negotiated(session) | Self::Running(Running { session, .. }) => Some(session),
+            Self::Lost(_) => None,
         }
     }
 
-    fn stop(self) -> Result<Self, SessionError> {
-        match self {
-            Self::Negotiated(mut session) => {
-                session.reset(Limit::new(session.deadline))?;
-                Ok(Self::Negotiated(session))
-            }
-            Self::Running(running) => running.stop().map(Self::Negotiated),
-            Self::Lost => Ok(Self::Lost),
-        }
-    }
-
-    fn set_call(mut self, queue: u8, call: Option<Arc<Event>>) -> Result<Self, SessionError> {
-        if let Self::Running(running) = &mut self {
-            running.set_call(queue, call)?;
-        }
-        Ok(self)
-    }
-}
-
-impl Negotiated {
-    fn start(mut self, memory: &MemoryTable, start: Start) -> Result<Running, SessionError> {
-        let limit = Limit::new(self.deadline);
-        let protocol_features = if self.rings_start_disabled { virtio::PROTOCOL_FEATURES } else { 0 };
-        let features = start.features | protocol_features;
-        self.wire.tell(FrontendRequest::SetFeatures, &features, &[], limit)?;
-        let files: Vec<_> = memory.regions().iter().map(|region| region.file.as_fd()).collect();
-        self.wire.tell(FrontendRequest::SetMemTable, &memory.payload(), &files, limit)?;
-        for ring in &start.rings {
-            self.start_ring(ring, limit)?;
-        }
-        // A kick that the daemon takes from a ring which is not enabled yet is lost: unless it has acknowledged the last
-        // request, an answer to another one says that it has got so far.
-        if !self.wire.has(protocol::REPLY_ACK) {
-            self.wire.ask::<u64>(FrontendRequest::GetFeatures, &(), limit)?;
-        }
-        // What the driver added before the daemon had the ring, or before the kick was its ioeventfd.
-        for ring in &start.rings {
-            ring.kick.signal();
-        }
-        Ok(Running { session: self, rings: start.rings })
-    }
-
-    fn start_ring(&mut self, ring: &Ring, limit: Limit) -> Result<(), SessionError> {
-        let index = u32::from(ring.index);
-        let state = |num| VringState { index, num };
-        let addresses = VringAddr {
-            index,
-            flags: 0,
-            descriptor: ring.addresses.descriptor,
-            used: ring.addresses.used,
-            available: ring.addresses.available,
-            log: 0,
+    /// When to look again at the latest.
+    fn wakes_at(&self) -> Option<Instant> {
+        let rest = self.connection_ref().and_then(|connection| connection.backend.as_ref()?.wakes_at());
+        let state = match self {
+            Self::Negotiated(_) => None,
+            Self::Running(running) => Some(running.watch.next()),
+            Self::Lost(lost) => lost.wakes_at(),
         };
-        self.wire.tell(FrontendRequest::SetVringNum, &state(u32::from(ring.size)), &[], limit)?;
-        self.wire.tell(FrontendRequest::SetVringBase, &state(0), &[], limit)?;
-        self.wire.tell(FrontendRequest::SetVringAddr, &addresses, &[], limit)?;
-        // The kick comes last: a daemon may start the ring with it.
-        self.give_call(ring, limit)?;
-        let kick = VringFd { index: ring.index, no_fd: false };
-        self.wire.tell(FrontendRequest::SetVringKick, &kick, &[ring.kick.as_fd()], limit)?;
-        if self.rings_start_disabled {
-            self.wire.tell(FrontendRequest::SetVringEnable, &state(1), &[], limit)?;
-        }
-        Ok(())
-    }
-
-    fn give_call(&mut self, ring: &Ring, limit: Limit) -> Result<(), SessionError> {
-        let call = VringFd { index: ring.index, no_fd: ring.call.is_none() };
-        let fds: Vec<_> = ring.call.iter().map(|event| event.as_fd()).collect();
-        self.wire.tell(FrontendRequest::SetVringCall, &call, &fds, limit)
-    }
-
-    fn reset(&mut self, limit: Limit) -> Result<(), SessionError> {
-        if !self.wire.has(protocol::RESET_DEVICE) {
-            return Ok(());
-        }
-        self.wire.tell(FrontendRequest::ResetDevice, &(), &[], limit)
-    }
-
-    /// Passes a write on and reads what became of it; `None` if the daemon has no config space or refused the write.
-    fn write_config(&mut self, write: ConfigWrite, limit: Limit) -> Result<Option<Vec<u8>>, SessionError> {
-        if !self.wire.has(protocol::CONFIG) {
-            return Ok(None);
-        }
-        let ConfigWrite { offset, data } = write;
-        let payload = Config { offset, flags: 0, data };
-        match self.wire.tell(FrontendRequest::SetConfig, &payload, &[], limit) {
-            Err(SessionError::Refused { code, .. }) => {
-                tracing::debug!("device {}: config write at {offset} refused ({code})", self.device);
-            }
-            result => result?,
-        }
-        let len = self.offer().config.len();
-        let config = get_config(&mut self.wire, len, limit)?;
-        Ok((!config.is_empty()).then_some(config))
-    }
-}
-
-impl Running {
-    /// A ring stops at GET_VRING_BASE, whose answer says that nothing of it is in flight any more.
-    fn stop(self) -> Result<Negotiated, SessionError> {
-        let Self { mut session, rings } = self;
-        let limit = Limit::new(session.deadline);
-        for ring in &rings {
-            let state = VringState { index: u32::from(ring.index), num: 0 };
-            let base: VringState = session.wire.ask(FrontendRequest::GetVringBase, &state, limit)?;
-            tracing::trace!("device {}: queue {} stopped at {}", session.device, ring.index, base.num);
-            if session.rings_start_disabled {
-                session.wire.tell(FrontendRequest::SetVringEnable, &state, &[], limit)?;
-            }
-        }
-        session.reset(limit)?;
-        Ok(session)
-    }
-
-    fn set_call(&mut self, queue: u8, call: Option<Arc<Event>>) -> Result<(), SessionError> {
-        let Some(ring) = self.rings.iter_mut().find(|ring| ring.index == queue) else { return Ok(()) };
-        ring.call = call;
-        let ring = ring.clone();
-        self.session.give_call(&ring, Limit::new(self.session.deadline))
+        [rest, state].into_iter().flatten().min()
     }
 }

@@ -1,5 +1,6 @@
 //! Requests and their answers on one connection.
 
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,15 @@ pub(super) struct Limit {
 impl Limit {
     pub(super) fn new(span: Duration) -> Self {
         Self { end: Instant::now() + span, span }
+    }
+
+    pub(super) fn end(self) -> Instant {
+        self.end
+    }
+
+    /// What to say when it has passed while `request` was to be answered.
+    pub(super) fn passed(self, request: FrontendRequest) -> SessionError {
+        SessionError::Timeout { request, limit: self.span }
     }
 }
 
@@ -78,7 +88,7 @@ impl Wire {
         payload: &impl Payload,
         limit: Limit,
     ) -> Result<Message, SessionError> {
-        self.send(request, Flags::REQUEST, payload, &[], limit)?;
+        self.ask_later(request, payload, limit)?;
         self.receive(request, limit)
     }
 
@@ -94,6 +104,22 @@ impl Wire {
             Err(ChannelError::Malformed(source)) => Err(SessionError::Garbage(source)),
             Err(ChannelError::Io(source)) => Err(SessionError::Io(source)),
         }
+    }
+
+    /// Sends a request whose answer is taken later, by [`Wire::receive`].
+    pub(super) fn ask_later(
+        &mut self,
+        request: FrontendRequest,
+        payload: &impl Payload,
+        limit: Limit,
+    ) -> Result<(), SessionError> {
+        self.send(request, Flags::REQUEST, payload, &[], limit)
+    }
+
+    /// Says that nothing more will come; what the daemon still does can be seen on the socket.
+    pub(super) fn fall_silent(&self) {
+        // A socket that is shut down already is what is wanted.
+        let _ = self.channel.socket().shutdown(Shutdown::Write);
     }
 
     fn answer<P: Payload>(&mut self, request: FrontendRequest, limit: Limit) -> Result<P, SessionError> {
@@ -113,7 +139,11 @@ impl Wire {
             .map_err(|error| SessionError::during(request, limit.span, error))
     }
 
-    fn receive(&mut self, request: FrontendRequest, limit: Limit) -> Result<Message, SessionError> {
+    pub(super) fn receive(
+        &mut self,
+        request: FrontendRequest,
+        limit: Limit,
+    ) -> Result<Message, SessionError> {
         let message = self
             .channel
             .recv(Some(limit.end))

@@ -8,10 +8,11 @@
 //!
 //! Invariants: a vCPU only changes registers and leaves notes, it never waits; a queue's doorbell and its vector's
 //! event are the daemon's kick and call, so the data path does not come here; a device whose daemon is lost answers
-//! from what is cached, and its resets complete.
+//! from what is cached, its resets complete, and what its driver starts runs once a daemon is back.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use cleave_common::exit::one_line;
 use cleave_common::virtio::DeviceType;
@@ -22,7 +23,8 @@ use crate::bus::Event;
 use crate::pci::msix::{self, MsiX};
 use crate::pci::{ConfigSpace, Doorbells, Interrupts, PciDevice, ResetToken};
 use crate::vhost::{
-    Mailbox, MemoryTable, Negotiated, Observer, Ring, RingError, SessionError, SessionThread, Start,
+    CannotResume, Mailbox, MemoryTable, Negotiated, Observer, Ring, RingError, SessionError, SessionThread,
+    Start, Successor,
 };
 
 /// ISR status bit (virtio 1.2, 4.1.4.5): config space changed. Queue interrupts do not come this way.
@@ -33,8 +35,15 @@ const ISR_CONFIG: u8 = 1 << 1;
 pub enum DeviceEvent {
     /// The daemon has the driver's queues.
     Running,
-    /// The daemon is gone, hangs or makes no sense; the guest goes on without it.
-    Lost { reason: String },
+    /// The daemon of this [`Successor::serial`] is gone, hangs or makes no sense; the guest goes on without it until there
+    /// is another.
+    Lost { serial: u32, reason: String },
+    /// A daemon is back `after` this long; it does so many requests again.
+    Reconnected { after: Duration, replayed: u64 },
+    /// There is no other daemon yet, or one that will not do; `absent` is the former.
+    AttemptFailed { serial: u32, reason: String, absent: bool },
+    /// What the lost daemon had cannot be done again safely: the device waits for a reset by its driver.
+    NeedsReset { reason: String },
     /// The guest's driver asked for what cannot be; the device waits for a reset. Said once until the device runs or
     /// the machine is reset, however often the driver tries.
     Refused { reason: String },
@@ -60,6 +69,8 @@ struct State {
     registers: Registers,
     /// Config space as the driver sees it.
     config: Vec<u8>,
+    /// The driver wrote to it since the last reset.
+    config_written: bool,
     isr: u8,
     /// Where the BAR is, and how many doorbells ring there.
     doorbells: Option<(u64, usize)>,
@@ -115,6 +126,7 @@ impl Device {
             state: Mutex::new(State {
                 registers: Registers::new(offer.features, queues, queue_size),
                 config: offer.config,
+                config_written: false,
                 isr: 0,
                 doorbells: None,
                 resets: Vec::new(),
@@ -124,6 +136,11 @@ impl Device {
         let observer: Weak<dyn Observer> = Arc::downgrade(&(Arc::clone(&device) as Arc<dyn Observer>));
         let _ = device.session.set(session.spawn(Arc::clone(&device.mailbox), memory, observer)?);
         Ok(device)
+    }
+
+    /// Brings a daemon that was started in place of the one that ended.
+    pub fn reconnect(&self, successor: Successor) {
+        self.mailbox.reconnect(successor);
     }
 
     fn act(&self, state: &mut State, effect: Effect) {
@@ -139,7 +156,15 @@ impl Device {
                     }
                 }
             },
-            Effect::Stop => self.mailbox.stop(),
+            Effect::Cleared => {
+                if std::mem::take(&mut state.config_written) {
+                    self.mailbox.refresh();
+                }
+            }
+            Effect::Stop => {
+                state.config_written = false;
+                self.mailbox.stop();
+            }
             Effect::Vector(queue) => {
                 let call = self.msix.event(state.registers.queue_vector(queue));
                 self.mailbox.set_call(queue as u8, call);
@@ -156,9 +181,9 @@ impl Device {
         registers.enabled_queues().map(ring).collect()
     }
 
-    /// Before DRIVER_OK a driver wants none (virtio 1.2, 3.1.1).
+    /// Before DRIVER_OK a driver wants none (virtio 1.2, 3.1.1), nor while it resets the device.
     fn config_interrupt(&self, state: &mut State) {
-        if !state.registers.driver_ok() {
+        if !state.registers.driver_ok() || state.registers.is_stopping() {
             return;
         }
         state.isr |= ISR_CONFIG;
@@ -174,6 +199,7 @@ impl Device {
             return;
         };
         bytes.copy_from_slice(data);
+        state.config_written = true;
         if !self.mailbox.write_config(start as u32, data) {
             tracing::debug!("device {}: too many config writes at once, one is lost", self.name);
         }
@@ -322,18 +348,38 @@ impl Observer for Device {
         drop(complete);
     }
 
+    /// The driver knows how long config space is; one of another length is cut or filled up with zeroes.
     fn config(&self, config: &[u8]) {
         let mut state = self.lock();
-        let known = state.config.len().min(config.len());
-        if state.config[..known] != config[..known] {
-            state.config[..known].copy_from_slice(&config[..known]);
+        let mut config = config.to_vec();
+        config.resize(state.config.len(), 0);
+        if state.config != config {
+            state.config = config;
             state.registers.config_changed();
             self.config_interrupt(&mut state);
         }
     }
 
-    fn lost(&self, reason: &SessionError) {
-        (self.events)(DeviceEvent::Lost { reason: one_line(reason) });
+    fn lost(&self, serial: u32, reason: &SessionError) {
+        (self.events)(DeviceEvent::Lost { serial, reason: one_line(reason) });
+    }
+
+    fn reconnected(&self, after: Duration, replayed: u64) {
+        (self.events)(DeviceEvent::Reconnected { after, replayed });
+    }
+
+    fn attempt_failed(&self, serial: u32, reason: &SessionError) {
+        let absent = reason.is_absence();
+        (self.events)(DeviceEvent::AttemptFailed { serial, reason: one_line(reason), absent });
+    }
+
+    fn needs_reset(&self, reason: CannotResume) {
+        let mut state = self.lock();
+        if state.registers.fail() {
+            self.config_interrupt(&mut state);
+            drop(state);
+            (self.events)(DeviceEvent::NeedsReset { reason: reason.to_string() });
+        }
     }
 }
 

@@ -47,6 +47,8 @@ mod at {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Effect {
     None,
+    /// A reset of what did not run: complete, but for what the driver may have written to config space.
+    Cleared,
     /// Give the enabled queues to the daemon.
     Start,
     /// Take them back, then call [`Registers::stopped`].
@@ -154,6 +156,15 @@ impl Registers {
         self.phase = Phase::Configuring;
     }
 
+    /// What runs has come to harm that only a reset mends. Whether the driver is to be told.
+    pub(super) fn fail(&mut self) -> bool {
+        let runs = self.phase == Phase::Running;
+        if runs {
+            self.driver.status |= status::NEEDS_RESET;
+        }
+        runs
+    }
+
     /// The daemon has given the queues back: the reset is complete.
     pub(super) fn stopped(&mut self) {
         if self.phase == Phase::Stopping {
@@ -166,7 +177,7 @@ impl Registers {
         match self.phase {
             Phase::Configuring => {
                 self.clear();
-                Effect::None
+                Effect::Cleared
             }
             Phase::Running => {
                 self.phase = Phase::Stopping;

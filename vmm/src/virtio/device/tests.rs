@@ -1,21 +1,22 @@
 //! The device through its PCI function, a scripted daemon behind it.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cleave_common::vhost_user::FrontendRequest as Request;
-use cleave_common::vhost_user::features::virtio;
+use cleave_common::vhost_user::features::{protocol, virtio};
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::pwrite;
 
 use super::*;
 use crate::bus::Bus;
 use crate::pci::Root;
 use crate::pci::fake::Host;
 use crate::vhost::fake::{Daemon, Fault, Script};
-use crate::vhost::{Endpoint, Region, Target, connect};
+use crate::vhost::{Endpoint, Patience, Region, Target, connect};
 
 const ECAM: u64 = 0xe000_0000;
 const WINDOW: u64 = 0x80_0000_0000;
@@ -33,6 +34,7 @@ struct Fixture {
     mmio: Arc<Bus>,
     root: Arc<Root>,
     events: Receiver<DeviceEvent>,
+    memory: Arc<OwnedFd>,
 }
 
 fn fixture(script: Script) -> Fixture {
@@ -42,9 +44,12 @@ fn fixture(script: Script) -> Fixture {
 fn fixture_within(script: Script, deadline: Duration) -> Fixture {
     let (daemon, socket) = Daemon::pair(script);
     let endpoint = Endpoint::Socket(socket);
-    let session = connect(Target { device: "disk0".into(), endpoint, queues: None, deadline }).unwrap();
-    let file: Arc<OwnedFd> = Arc::new(File::open("/dev/null").unwrap().into());
-    let memory = MemoryTable::new(vec![Region { start: 0, len: 1 << 30, file, offset: 0 }]).unwrap();
+    let patience = Patience { deadline, first_answer: deadline, ..Patience::default() };
+    let session = connect(Target { device: "disk0".into(), endpoint, queues: None, patience }).unwrap();
+    let file: Arc<OwnedFd> = Arc::new(memfd_create("memory", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, 1 << 30).unwrap();
+    let region = Region { start: 0, len: 1 << 30, file: Arc::clone(&file), offset: 0 };
+    let memory = MemoryTable::new(vec![region]).unwrap();
     let host = Arc::new(Host::default());
     let (sender, events) = channel();
     let parts = Parts {
@@ -61,7 +66,7 @@ fn fixture_within(script: Script, deadline: Duration) -> Fixture {
     let root = Root::new(&mmio, WINDOW, 1 << 30);
     root.add(1, Arc::clone(&device) as _).unwrap();
     root.attach(&Bus::new(), &mmio, ECAM).unwrap();
-    Fixture { daemon, device, host, mmio, root, events }
+    Fixture { daemon, device, host, mmio, root, events, memory: file }
 }
 
 impl Fixture {
@@ -179,6 +184,80 @@ fn a_change_of_config_space_is_a_new_generation_and_an_interrupt() {
     assert_eq!((f.get(WINDOW + 0x1000, 1), f.get(WINDOW + 0x1000, 1)), (2, 0), "ISR is taken by reading");
     f.device.config(&[9; 60]);
     assert_eq!(f.get(GENERATION, 1), 1, "no change");
+    f.device.config(&[9; 99]);
+    assert_eq!(f.get(GENERATION, 1), 1, "the driver knows of 60 bytes");
+    f.device.config(&[9; 10]);
+    assert_eq!((f.get(GENERATION, 1), f.get(DEVICE_CONFIG + 8, 4)), (2, 0x0909));
+    f.device.config(&[]);
+    assert_eq!((f.get(GENERATION, 1), f.get(DEVICE_CONFIG, 4)), (3, 0));
+}
+
+#[test]
+fn a_reset_undoes_what_the_driver_wrote_to_config_space() {
+    let f = fixture(Script { slow: Some((Request::SetConfig, SHORT / 5)), ..Script::default() });
+    f.enable();
+    let resets = || f.daemon.requests().iter().filter(|request| **request == Request::ResetDevice).count();
+    f.put(STATUS, 1, 0);
+    f.put(DEVICE_CONFIG, 1, 0x55);
+    f.daemon.wait_for(Request::SetConfig, 1, |_| ());
+    f.put(DEVICE_CONFIG, 1, 0x66);
+    f.put(STATUS, 1, 0);
+    f.daemon.wait_for(Request::ResetDevice, 1, |_| ());
+    f.running();
+    f.put(STATUS, 1, 0);
+    f.wait_for_reset();
+    assert_eq!(resets(), 2, "none for the reset that had nothing to undo");
+    let writes = f.daemon.requests().iter().filter(|request| **request == Request::SetConfig).count();
+    assert_eq!(writes, 1, "the one that waited is void");
+}
+
+/// Ends the daemon of a device that runs, with three requests in the air and no record of them.
+fn lose_with_requests_in_flight(f: &Fixture) {
+    f.running();
+    pwrite(&*f.memory, &3u16.to_le_bytes(), 0x2002).unwrap();
+    f.daemon.end();
+    assert!(matches!(f.event(), DeviceEvent::Lost { .. }));
+}
+
+#[test]
+fn a_device_that_cannot_be_resumed_says_so_to_its_driver_and_to_people() {
+    let mut f = fixture(Script::default());
+    lose_with_requests_in_flight(&f);
+    let DeviceEvent::NeedsReset { reason } = f.event() else { panic!() };
+    assert!(reason.starts_with("3 requests were with the daemon"), "{reason}");
+    assert_eq!(f.get(STATUS, 1), 0x4f, "DEVICE_NEEDS_RESET");
+    assert_eq!(f.get(WINDOW + 0x1000, 1), 2, "a configuration interrupt");
+    assert_eq!(f.get(WINDOW + 0x7000, 8) & 1, 1);
+    f.put(STATUS, 1, 0);
+    f.wait_for_reset();
+    f.drive(0x1000);
+    let (daemon, socket) = Daemon::pair(Script::default());
+    f.device.reconnect(Successor { socket, serial: 1 });
+    f.daemon = daemon;
+    assert!(matches!(f.event(), DeviceEvent::Reconnected { replayed: 0, .. }));
+    assert_eq!(f.event(), DeviceEvent::Running);
+    assert_eq!(f.get(STATUS, 1), u64::from(DRIVER_OK));
+}
+
+#[test]
+fn a_device_comes_back_with_its_queues_and_its_own_config_space() {
+    let recording = |config| {
+        let script = Script { config, ..Script::default() };
+        Script { protocol_features: script.protocol_features | protocol::INFLIGHT_SHMFD, ..script }
+    };
+    let f = fixture(recording(vec![7; 60]));
+    lose_with_requests_in_flight(&f);
+    let (daemon, socket) = Daemon::pair(Script { queues: 1, ..recording(vec![8; 60]) });
+    f.device.reconnect(Successor { socket, serial: 1 });
+    let DeviceEvent::AttemptFailed { serial: 1, reason, absent: false } = f.event() else { panic!() };
+    assert!(reason.contains("1 queues"), "{reason}");
+    drop(daemon);
+    let (daemon, socket) = Daemon::pair(recording(vec![8; 64]));
+    f.device.reconnect(Successor { socket, serial: 1 });
+    assert!(matches!(f.event(), DeviceEvent::Reconnected { .. }));
+    assert_eq!(f.get(STATUS, 1), u64::from(DRIVER_OK), "the driver noticed nothing");
+    assert_eq!((f.get(DEVICE_CONFIG, 1), f.get(GENERATION, 1)), (8, 1));
+    daemon.wait_for(Request::SetVringEnable, 1, |_| ());
 }
 
 #[test]
@@ -270,7 +349,7 @@ fn a_hung_daemon_costs_a_reset_the_deadline_and_no_vcpu_a_wait() {
     assert_ne!(f.get(STATUS, 1), 0);
     f.wait_for_reset();
     assert!(
-        matches!(f.event(), DeviceEvent::Lost { reason } if reason.contains("did not answer SET_MEM_TABLE"))
+        matches!(f.event(), DeviceEvent::Lost { reason, .. } if reason.contains("did not answer SET_MEM_TABLE"))
     );
     assert!(started.elapsed() < SHORT * 5);
 }

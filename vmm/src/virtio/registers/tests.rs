@@ -136,13 +136,27 @@ fn a_reset_of_a_running_device_is_complete_when_the_session_has_stopped() {
 fn a_device_that_does_not_run_is_reset_at_once() {
     let mut registers = registers();
     registers.negotiate(OFFERED);
-    assert_eq!(registers.put_status(0), Effect::None);
+    assert_eq!(registers.put_status(0), Effect::Cleared);
     assert_eq!(registers.status(), 0);
     registers.run();
     registers.refuse();
     assert_eq!(registers.status() & status::NEEDS_RESET, status::NEEDS_RESET);
-    assert_eq!(registers.put_status(0), Effect::None);
+    assert_eq!(registers.put_status(0), Effect::Cleared);
     assert_eq!(registers.status(), 0);
+}
+
+#[test]
+fn what_runs_and_fails_is_mended_by_a_reset() {
+    let mut registers = registers();
+    assert!(!registers.fail(), "nothing runs");
+    assert_eq!(registers.status(), 0);
+    registers.run();
+    assert!(registers.fail());
+    assert_eq!(registers.status() & status::NEEDS_RESET, status::NEEDS_RESET);
+    assert_eq!(registers.put_status(0), Effect::Stop);
+    assert!(!registers.fail(), "it is being reset");
+    registers.stopped();
+    assert_eq!((registers.status(), registers.run()), (0, Effect::Start));
 }
 
 #[test]
