@@ -64,7 +64,8 @@ pub struct Survived {
 /// Something was lost, damaged or done twice, or a successor did not come up.
 pub fn run(daemon: &mut Daemon, campaign: &Campaign, killed: impl FnMut(u32)) -> Result<Survived> {
     let frontend = Frontend::over(daemon.connect()?);
-    let memory = (32 << 20) + 2 * u64::from(campaign.block_size) * u64::from(campaign.depth * campaign.queues);
+    let memory =
+        (32 << 20) + 2 * u64::from(campaign.block_size) * u64::from(campaign.depth * campaign.queues);
     let memory = memory.next_multiple_of(2 << 20);
     let mut driver = BlockDriver::with_memory(frontend, u64::MAX, campaign.queues, 256, memory)?;
     let region = driver.track_inflight()?;
@@ -193,7 +194,10 @@ impl<F: FnMut(u32)> Killer<'_, F> {
                 }
             }
             if dead.elapsed() > PATIENCE {
-                return Err(DriverError::Daemon(format!("no completion after a kill: {}", self.daemon.log())));
+                return Err(DriverError::Daemon(format!(
+                    "no completion after a kill: {}",
+                    self.daemon.log()
+                )));
             }
             thread::sleep(Duration::from_micros(100));
         }
@@ -201,7 +205,7 @@ impl<F: FnMut(u32)> Killer<'_, F> {
     }
 
     fn one_in(&mut self, n: u64) -> bool {
-        self.next() % n == 0
+        self.next().is_multiple_of(n)
     }
 
     fn up_to(&mut self, most: Duration) -> Duration {

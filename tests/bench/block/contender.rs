@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use cleave_tests::driver::{BlockDriver, Daemon, Frontend, Process, binary};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -14,6 +15,8 @@ use crate::{BenchError, Result, fio};
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
+/// How long an image may be locked.
+const LOCKED: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone)]
 pub struct Contender {
@@ -73,11 +76,23 @@ impl Contender {
         }
     }
 
-    /// Starts its daemon.
+    /// Starts its daemon. The kernel may still hold the last one's lock on the image for requests that it is ending.
     ///
     /// # Errors
     /// It has none, or the daemon does not come up: with what it said.
     pub fn start(&self, queues: u16) -> Result<Daemon> {
+        let deadline = Instant::now() + LOCKED;
+        loop {
+            match self.try_start(queues) {
+                Err(error) if error.to_string().contains("lock") && Instant::now() < deadline => {
+                    std::thread::sleep(LOCKED / 100);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn try_start(&self, queues: u16) -> Result<Daemon> {
         match &self.kind {
             Kind::Cleave { image, more } => cleave(image, queues, more),
             Kind::Qsd(image) => {

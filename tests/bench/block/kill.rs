@@ -37,7 +37,11 @@ pub fn run(args: &Kill) -> Result<bool> {
     let survived = survival::run(&mut daemon, &campaign, |_| progress.inc(1))?;
     progress.finish_and_clear();
     let title = format!("{}, --cache {}", scratch::describe(&made.image), word(args.cache));
-    if args.json { as_json(&title, &campaign, &survived) } else { as_text(&title, &campaign, &survived) }
+    if args.json {
+        as_json(&title, &campaign, &survived)
+    } else {
+        as_text(&title, &campaign, &survived)
+    }
     Ok(true)
 }
 
@@ -48,7 +52,10 @@ fn as_text(title: &str, campaign: &Campaign, survived: &Survived) {
         "  {} requests, {} of them in flight at a kill: none lost, none twice, no error",
         survived.requests, survived.in_flight
     );
-    println!("  {} reads under load and {} blocks at the end: all as written last", survived.verified, survived.blocks);
+    println!(
+        "  {} reads under load and {} blocks at the end: all as written last",
+        survived.verified, survived.blocks
+    );
     let at = |quantile: f64| survived.recovery.value_at_quantile(quantile) as f64 / 1e3;
     println!(
         "  SIGKILL to first completion: median {:.1} ms, p99 {:.1} ms, longest {:.1} ms ({} is due)",

@@ -10,9 +10,21 @@ use super::{Check, End, Outcome, Subject, demand, demand_status, needs};
 use crate::driver::{BlockDriver, Buffer, InflightRegion, IoStatus, RequestKind};
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { name: "inflight-region", demand: "the region has the layout of version 1, and an idle one says so", run: region },
-    Check { name: "inflight-replay", demand: "what was in flight completes once, with what is new", run: replay },
-    Check { name: "inflight-batch", demand: "a completion that was announced, and not yet noted, is not repeated", run: batch },
+    Check {
+        name: "inflight-region",
+        demand: "the region has the layout of version 1, and an idle one says so",
+        run: region,
+    },
+    Check {
+        name: "inflight-replay",
+        demand: "what was in flight completes once, with what is new",
+        run: replay,
+    },
+    Check {
+        name: "inflight-batch",
+        demand: "a completion that was announced, and not yet noted, is not repeated",
+        run: batch,
+    },
 ];
 
 const SIZE: u16 = 128;

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use super::{BlockDriver, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, Result, SplitQueue, Vring};
+use super::{
+    BlockDriver, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, Result, SplitQueue, Vring,
+};
 pub use ledger::Ledger;
 use worker::{Slot, Worker};
 
@@ -164,12 +166,9 @@ impl Beside<'_> {
     /// once, unless `kick` is not set.
     pub fn resume(&mut self, frontend: Frontend, region: &InflightRegion, kick: bool) -> Result<()> {
         *self.frontend = frontend;
-        *self.negotiated = self.frontend.negotiate(self.negotiated.acked)?;
-        self.frontend.set_mem_table(self.ram)?;
-        self.frontend.set_inflight(region)?;
-        for (vring, index) in self.vrings.iter().zip(0..) {
-            let base = vring.device_used_idx(self.ram)?;
-            self.frontend.start_queue(index, vring, base)?;
+        *self.negotiated =
+            self.frontend.resume(self.negotiated.acked, self.ram, &self.vrings, Some(region))?;
+        for vring in &self.vrings {
             // The last backend may have ended between a completion and its interrupt.
             vring.call_now()?;
             if kick {
