@@ -13,7 +13,11 @@ fn survive(cache: &str, campaign: &Campaign) -> Survived {
         panic!("seed {}, --cache {cache}: {error}\nthe daemon said: {}", campaign.seed, daemon.log())
     });
     let at = |quantile: f64| survived.recovery.value_at_quantile(quantile) as f64 / 1e3;
-    println!("--cache {cache}: SIGKILL to first completion: median {:.1} ms, longest {:.1} ms", at(0.5), at(1.0));
+    println!(
+        "--cache {cache}: SIGKILL to first completion: median {:.1} ms, longest {:.1} ms",
+        at(0.5),
+        at(1.0)
+    );
     survived
 }
 

@@ -10,6 +10,7 @@ mod disks;
 mod faults;
 mod refusals;
 mod rig;
+mod survival;
 mod uarts;
 
 use std::ffi::OsString;
@@ -33,13 +34,23 @@ use rig::Rig;
 const INSIDE: &str = "CLEAVE_E2E_INSIDE";
 
 /// The modules above that hold cases, as filters.
-const GROUPS: &[&str] = &["boots::", "disks::", "daemons::", "uarts::", "debian::", "faults::", "refusals::"];
+const GROUPS: &[&str] =
+    &["boots::", "disks::", "daemons::", "uarts::", "debian::", "faults::", "refusals::", "survival::"];
 
 type Case = (&'static str, fn(&Rig) -> Outcome<()>);
 
 fn cases() -> Vec<Case> {
-    [boots::CASES, disks::CASES, daemons::CASES, uarts::CASES, debian::CASES, faults::CASES, refusals::CASES]
-        .concat()
+    [
+        boots::CASES,
+        disks::CASES,
+        daemons::CASES,
+        uarts::CASES,
+        debian::CASES,
+        faults::CASES,
+        refusals::CASES,
+        survival::CASES,
+    ]
+    .concat()
 }
 
 fn trials() -> Vec<Trial> {
