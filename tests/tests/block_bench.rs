@@ -70,7 +70,6 @@ fn a_verified_load_checks_what_it_reads() {
 #[test]
 fn any_socket_is_measured() {
     let image = disk(MIB);
-    refused(&["kill", "--file", path], 2, "--overwrite");
     let daemon = start(&image, &[]);
     let socket = daemon.socket.to_str().unwrap();
     let words = ["--socket", socket, "--rw", "read", "--bs", "64k", "--depth", "2"];
@@ -98,6 +97,7 @@ fn nothing_is_written_that_is_not_ours() {
     let path = image.path().to_str().unwrap();
     refused(&["--file", path, "--rw", "randwrite"], 2, "--overwrite");
     refused(&["conformance", "--file", path], 2, "--overwrite");
+    refused(&["kill", "--file", path], 2, "--overwrite");
     let daemon = start(&image, &[]);
     refused(&["--socket", daemon.socket.to_str().unwrap(), "--rw", "write"], 2, "--overwrite");
     assert!(fs::read(path).unwrap() == pattern(0, MIB as usize));

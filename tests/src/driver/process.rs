@@ -64,9 +64,8 @@ mod tests {
     #[test]
     fn this_process_has_threads_memory_and_a_past() {
         let this = Process(rustix::process::getpid());
-        let spin = std::time::Instant::now();
-        while spin.elapsed() < Duration::from_millis(30) {}
-        assert!(this.cpu_time().unwrap() > Duration::ZERO);
+        // However little of the machine this thread gets, some ticks come.
+        while this.cpu_time().unwrap() < Duration::from_millis(20) {}
         assert!(this.memory().unwrap() > 1 << 16);
         assert!(this.threads().unwrap().contains(&rustix::process::getpid()));
     }
