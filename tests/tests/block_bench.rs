@@ -61,7 +61,8 @@ fn a_verified_load_checks_what_it_reads() {
     let place = place.path().to_str().unwrap();
     let words =
         ["--scratch", place, "--rw", "randrw", "--rwmixread", "50", "--verify", "--peers", "qsd,cleave"];
-    let document = json(&[&words[..], &SHORT, &["--json"]].concat());
+    // Few blocks, so that many are read again however slow the machine is.
+    let document = json(&[&words[..], &SHORT[..4], &["--size", "1M", "--json"]].concat());
     for peer in document["rows"][0]["peers"].as_array().unwrap() {
         assert!(peer["verified_reads"].as_u64().unwrap() > 0, "{peer}");
     }
@@ -133,8 +134,9 @@ fn our_daemon_conforms() {
     }
 }
 
-/// QEMU 7.2 ignores the offset in GET_CONFIG, and answers GET_VRING_BASE with requests still in flight.
-const NOT_IN_QEMU: [&str; 2] = ["config-parts", "drain"];
+/// QEMU 7.2 ignores the offset in GET_CONFIG, and answers GET_VRING_BASE with requests still in flight: now and then a
+/// ring that resumes lacks their completions.
+const NOT_IN_QEMU: [&str; 3] = ["config-parts", "drain", "resume"];
 
 #[test]
 fn qemu_storage_daemon_conforms_but_for_what_is_known() {
