@@ -4,6 +4,7 @@
 //! Everything here is made once, from packages that Debian signs, and kept under `target/lab`; see [`cache`].
 
 pub mod cache;
+pub mod conformance;
 pub mod cpio;
 pub mod debian;
 pub mod driver;
@@ -12,5 +13,6 @@ pub mod guest;
 pub mod kernel;
 pub mod lab;
 pub mod peers;
+pub mod survival;
 pub mod tools;
 pub mod vm;

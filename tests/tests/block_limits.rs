@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cleave_tests::driver::{BlockDriver, Buffer, IoStatus, Load, RequestKind};
+use cleave_tests::driver::{BlockDriver, Buffer, Extent, IoStatus, Load, RequestKind};
 use common::{MIB, disk, pattern, start};
 use rustix::thread::{CpuSet, sched_getaffinity};
 
@@ -126,15 +126,8 @@ fn a_polling_queue_needs_no_kicks_while_it_is_busy() {
     for _ in 0..40 {
         assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
     }
-    let load = Load {
-        random: true,
-        write: false,
-        block_size: 4096,
-        depth: 1,
-        duration: Duration::from_millis(500),
-        poll: true,
-    };
-    let report = driver.run_load(load).unwrap();
+    let load = Load { extent: Extent::Time(Duration::from_millis(500)), ..Load::default() };
+    let report = driver.run_load(&load).unwrap();
     assert!(report.kicks * 4 < report.requests, "{} kicks for {} requests", report.kicks, report.requests);
     // And it still notices what comes after a rest.
     for round in 0..3 {
@@ -154,9 +147,9 @@ fn an_idle_polling_queue_uses_no_cpu() {
         assert_eq!(driver.read(0, 512).unwrap().0, IoStatus::Ok);
     }
     std::thread::sleep(Duration::from_millis(50));
-    let before = daemon.cpu_time().unwrap();
+    let before = daemon.process().cpu_time().unwrap();
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(daemon.cpu_time().unwrap(), before);
+    assert_eq!(daemon.process().cpu_time().unwrap(), before);
 }
 
 #[test]
@@ -167,7 +160,7 @@ fn queue_threads_run_where_they_were_put() {
     let image = disk(MIB);
     let daemon = start(&image, &["--num-queues", "3", "--cpus", &list.join(",")]);
     let mut found = 0;
-    for thread in daemon.threads().unwrap() {
+    for thread in daemon.process().threads().unwrap() {
         let name = fs::read_to_string(format!("/proc/{}/task/{thread}/comm", daemon.pid())).unwrap();
         let Some(index) = name.trim().strip_prefix("queue") else { continue };
         let on = sched_getaffinity(Some(thread)).unwrap();

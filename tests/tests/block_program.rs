@@ -241,7 +241,7 @@ fn the_daemon_is_small_and_its_threads_are_named() {
         assert_eq!(driver.read(sector * 8, 4096).unwrap().0, IoStatus::Ok);
     }
     // An optimised build is measured by block-bench, and takes half of that.
-    let own = daemon.memory().unwrap();
+    let own = daemon.process().memory().unwrap();
     assert!(own <= 3 * MIB, "{} KiB", own >> 10);
     let threads = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().flatten();
     let mut names: Vec<String> = threads

@@ -19,7 +19,6 @@ fn reload(daemon: &Daemon, driver: &mut BlockDriver, len: u64) {
 }
 
 #[test]
-#[ignore = "the runtime does not take SIGHUP yet"]
 fn a_disk_grows_and_shrinks_under_a_running_guest() {
     let image = disk(2 * MIB);
     let daemon = start(&image, &["--cache", "none"]);
@@ -42,7 +41,6 @@ fn a_disk_grows_and_shrinks_under_a_running_guest() {
 }
 
 #[test]
-#[ignore = "the runtime does not take SIGHUP yet"]
 fn a_size_that_no_disk_has_changes_nothing() {
     let image = disk(MIB);
     let daemon = start(&image, &[]);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cleave_common::vhost_user::features::virtio;
 
-use super::{Buffer, DriverError, Frontend, GuestRam, Negotiated, PATIENCE, Result, SplitQueue};
+use super::{Buffer, DriverError, Frontend, GuestRam, Ledger, Negotiated, PATIENCE, Result, SplitQueue};
 
 /// Bytes between the data areas of two heads: the most that one request moves here, and room to misalign it.
 const DATA_STRIDE: u64 = (1 << 20) + 4096;
@@ -69,6 +69,8 @@ pub struct BlockDriver {
     headers: Vec<u64>,
     /// One data area, for the simple methods.
     pub data: u64,
+    /// By queue: what verified loads have written.
+    pub ledgers: Vec<Ledger>,
 }
 
 impl BlockDriver {
@@ -97,7 +99,7 @@ impl BlockDriver {
         }
         let data = ram.allocate(DATA_STRIDE, 4096);
         frontend.set_mem_table(&ram)?;
-        let mut driver = Self { frontend, ram, queues, negotiated, headers, data };
+        let mut driver = Self { frontend, ram, queues, negotiated, headers, data, ledgers: Vec::new() };
         driver.start_queues()?;
         Ok(driver)
     }

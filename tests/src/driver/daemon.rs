@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{DriverError, PATIENCE, Result};
+use super::{DriverError, PATIENCE, Process, Result};
 use crate::cache::target_directory;
 
 /// The program `name`, from `$CLEAVE_BIN_DIR` or from where this test was built.
@@ -137,8 +137,8 @@ impl Daemon {
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = Pid::from_raw(self.child.id() as i32).ok_or(DriverError::Daemon("no process".into()))?;
-        kill_process(pid, signal).map_err(|errno| DriverError::io("signal the daemon")(errno.into()))
+        kill_process(self.process().0, signal)
+            .map_err(|errno| DriverError::io("signal the daemon")(errno.into()))
     }
 
     /// Waits for its end.
@@ -160,41 +160,9 @@ impl Daemon {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Bytes of memory it has mapped and present, without guest memory. Pages it shares with other processes count in
-    /// full, so that this is never less than its proportional set size.
-    pub fn memory(&self) -> Result<u64> {
-        let text = fs::read_to_string(format!("/proc/{}/smaps", self.pid()))
-            .map_err(DriverError::io("read smaps"))?;
-        let (mut total, mut in_guest) = (0, false);
-        for line in text.lines() {
-            let is_mapping =
-                line.split_once(' ').is_some_and(|(range, _)| range.contains('-') && !range.ends_with(':'));
-            if is_mapping {
-                in_guest = line.contains("memfd:") || line.contains("hugepage");
-            } else if let (Some(rest), false) = (line.strip_prefix("Rss:"), in_guest) {
-                total += rest.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) << 10;
-            }
-        }
-        Ok(total)
-    }
-
-    /// The ids of its threads.
-    pub fn threads(&self) -> Result<Vec<Pid>> {
-        let tasks =
-            fs::read_dir(format!("/proc/{}/task", self.pid())).map_err(DriverError::io("read /proc"))?;
-        let ids = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
-        Ok(ids.filter_map(Pid::from_raw).collect())
-    }
-
-    /// The CPU time its threads have used. What the kernel does for it in threads of its own (io-wq) is not in it.
-    pub fn cpu_time(&self) -> Result<Duration> {
-        let tasks =
-            fs::read_dir(format!("/proc/{}/task", self.pid())).map_err(DriverError::io("read /proc"))?;
-        let texts =
-            tasks.flatten().map(|task| fs::read_to_string(task.path().join("schedstat")).unwrap_or_default());
-        let nanoseconds =
-            texts.map(|text| text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0));
-        Ok(Duration::from_nanos(nanoseconds.sum()))
+    pub fn process(&self) -> Process {
+        // A child's id fits, and is not 0.
+        Process(Pid::from_raw(self.child.id() as i32).unwrap_or(Pid::INIT))
     }
 }
 

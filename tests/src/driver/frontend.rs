@@ -11,7 +11,7 @@ use cleave_common::vhost_user::{
     VringAddr, VringFd, VringState,
 };
 
-use super::{DriverError, GuestRam, PATIENCE, Result, SplitQueue};
+use super::{DriverError, GuestRam, PATIENCE, Result, Vring};
 
 /// User addresses are guest-physical ones plus this: never the same, never an address of this process.
 pub const USER_BASE: u64 = 0x4000_0000_0000;
@@ -83,13 +83,13 @@ impl Frontend {
     }
 
     /// Sets up queue `index` from entry `base` on and enables it. It starts with the first kick.
-    pub fn start_queue(&mut self, index: u16, queue: &SplitQueue, base: u16) -> Result<()> {
+    pub fn start_queue(&mut self, index: u16, queue: &Vring, base: u16) -> Result<()> {
         self.set_vring(index, queue, base)?;
         self.tell(Request::SetVringEnable, &state(index, 1), &[])
     }
 
     /// Everything but the enabling.
-    pub fn set_vring(&mut self, index: u16, queue: &SplitQueue, base: u16) -> Result<()> {
+    pub fn set_vring(&mut self, index: u16, queue: &Vring, base: u16) -> Result<()> {
         self.tell(Request::SetVringNum, &state(index, queue.size.into()), &[])?;
         self.tell(Request::SetVringBase, &state(index, base.into()), &[])?;
         let addr = VringAddr {

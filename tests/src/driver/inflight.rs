@@ -3,10 +3,11 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use cleave_common::vhost_user::{FrontendRequest as Request, Inflight};
 
-use super::{BlockDriver, DriverError, Frontend, Result};
+use super::{BlockDriver, DriverError, Frontend, GuestRam, Negotiated, Result, SplitQueue, Vring};
 
 /// Bytes before the states of a queue's descriptors, and of each state.
 const HEADER_LEN: u64 = 16;
@@ -29,6 +30,25 @@ impl Frontend {
     /// SET_INFLIGHT_FD.
     pub fn set_inflight(&mut self, region: &InflightRegion) -> Result<()> {
         self.tell(Request::SetInflightFd, &region.description, &[region.fd.as_fd()])
+    }
+
+    /// The handshake with a successor: it gets everything but the kicks.
+    pub(super) fn resume(
+        &mut self,
+        acked: u64,
+        ram: &GuestRam,
+        vrings: &[Arc<Vring>],
+        region: Option<&InflightRegion>,
+    ) -> Result<Negotiated> {
+        let negotiated = self.negotiate(acked)?;
+        self.set_mem_table(ram)?;
+        if let Some(region) = region {
+            self.set_inflight(region)?;
+        }
+        for (index, vring) in (0..).zip(vrings) {
+            self.start_queue(index, vring, vring.device_used_idx(ram)?)?;
+        }
+        Ok(negotiated)
     }
 }
 
@@ -87,16 +107,8 @@ impl BlockDriver {
     /// they are, their base is the used index, and each is kicked once.
     pub fn resume(&mut self, socket: &Path, region: Option<&InflightRegion>) -> Result<()> {
         self.frontend = Frontend::connect(socket)?;
-        self.negotiated = self.frontend.negotiate(self.negotiated.acked)?;
-        self.frontend.set_mem_table(&self.ram)?;
-        if let Some(region) = region {
-            self.frontend.set_inflight(region)?;
-        }
-        for (index, queue) in self.queues.iter_mut().enumerate() {
-            let base = self.ram.load(queue.used + 2)?;
-            self.frontend.start_queue(index as u16, queue, base)?;
-            queue.kick_now()?;
-        }
-        Ok(())
+        let vrings: Vec<_> = self.queues.iter().map(SplitQueue::vring).collect();
+        self.negotiated = self.frontend.resume(self.negotiated.acked, &self.ram, &vrings, region)?;
+        self.queues.iter_mut().try_for_each(SplitQueue::kick_now)
     }
 }

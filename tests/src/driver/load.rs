@@ -1,34 +1,103 @@
-//! Load on one queue of a block device: so many requests in flight, each completion replaced by a new request.
+//! Load on a block device: so many requests in flight on each queue, each completion replaced by a new request.
+//!
+//! ```text
+//!   Submit (Aim picks a block) --> in flight --> complete (Ledger checks it) --> Submit ... until Stop
+//! ```
 
+mod aim;
+mod ledger;
+mod worker;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
+
 use super::{
-    BlockDriver, Buffer, DriverError, GuestRam, IoStatus, PATIENCE, RequestKind, Result, SplitQueue,
+    BlockDriver, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, Result, SplitQueue, Vring,
 };
+pub use ledger::Ledger;
+use worker::{Slot, Worker};
 
 /// What to ask for.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
     pub random: bool,
-    pub write: bool,
+    /// Of a hundred requests, so many are writes.
+    pub write_percent: u8,
     /// Bytes a request, a multiple of 512.
     pub block_size: u32,
     /// Requests in flight on each queue.
     pub depth: u16,
-    pub duration: Duration,
+    pub extent: Extent,
     /// The driver looks for completions all the time, as a busy guest does, instead of sleeping until an interrupt:
     /// what is measured is the daemon, not how fast this machine wakes a thread.
     pub poll: bool,
+    /// Threads that share the queues when the driver polls; otherwise each queue has its own.
+    pub threads: usize,
+    /// Each block that is written says where it belongs and which write it came from, and each block that is read
+    /// is checked. No block has two requests in flight then, and each queue has blocks of its own.
+    pub verify: bool,
+}
+
+/// When a load is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    Time(Duration),
+    /// Every block once, in order.
+    Pass,
+    /// When what runs beside it has returned.
+    Beside,
+}
+
+impl Default for Load {
+    /// 4 KiB random reads for a second, one at a time.
+    fn default() -> Self {
+        Self {
+            random: true,
+            write_percent: 0,
+            block_size: 4096,
+            depth: 1,
+            extent: Extent::Time(Duration::from_secs(1)),
+            poll: true,
+            threads: usize::MAX,
+            verify: false,
+        }
+    }
 }
 
 /// What came of it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Report {
     pub requests: u64,
     pub elapsed: Duration,
-    pub latencies: Histogram,
+    /// Nanoseconds from submission to the completion being seen.
+    pub reads: Histogram<u64>,
+    pub writes: Histogram<u64>,
     pub kicks: u64,
     pub interrupts: u64,
+    /// Blocks read whose content was known and right.
+    pub verified: u64,
+}
+
+/// Three digits of anything up to a minute.
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("these bounds are in order")
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self {
+            requests: 0,
+            elapsed: Duration::ZERO,
+            reads: histogram(),
+            writes: histogram(),
+            kicks: 0,
+            interrupts: 0,
+            verified: 0,
+        }
+    }
 }
 
 impl Report {
@@ -36,246 +105,164 @@ impl Report {
         self.requests as f64 / self.elapsed.as_secs_f64()
     }
 
+    /// The time within which `percent` of the requests completed; of a mixed load, the worse of its two sides.
+    pub fn percentile(&self, percent: f64) -> Duration {
+        let of =
+            |side: &Histogram<u64>| if side.is_empty() { 0 } else { side.value_at_quantile(percent / 100.0) };
+        Duration::from_nanos(of(&self.reads).max(of(&self.writes)))
+    }
+
+    /// The longest that any request took.
+    pub fn longest(&self) -> Duration {
+        Duration::from_nanos(self.reads.max().max(self.writes.max()))
+    }
+
     /// Two queues at the same time.
-    pub fn merge(&mut self, other: &Self) {
+    fn merge(&mut self, other: &Self) {
         self.requests += other.requests;
         self.elapsed = self.elapsed.max(other.elapsed);
         self.kicks += other.kicks;
         self.interrupts += other.interrupts;
-        self.latencies.merge(&other.latencies);
+        self.verified += other.verified;
+        for (mine, theirs) in [(&mut self.reads, &other.reads), (&mut self.writes, &other.writes)] {
+            mine.add(theirs).expect("all have the same bounds");
+        }
     }
 }
 
-/// Times in buckets that grow by an eighth: a percentile is right within that.
-#[derive(Debug, Clone)]
-pub struct Histogram(Vec<u64>);
+/// When the workers are to end.
+struct Stop {
+    end: Option<Instant>,
+    /// No new requests.
+    asked: AtomicBool,
+    /// Something failed: what is in flight is not waited for either.
+    abandoned: AtomicBool,
+}
 
-impl Default for Histogram {
-    fn default() -> Self {
-        Self(vec![0; 64 * 8])
+impl Stop {
+    fn is_due(&self, now: Instant) -> bool {
+        self.end.is_some_and(|end| now >= end)
+            || self.asked.load(Ordering::Relaxed)
+            || self.abandoned.load(Ordering::Relaxed)
     }
 }
 
-impl Histogram {
-    fn add(&mut self, time: Duration) {
-        let ns = (time.as_nanos() as u64).max(8);
-        let power = ns.ilog2();
-        let eighth = (ns >> (power - 3)) & 7;
-        self.0[(power * 8) as usize + eighth as usize] += 1;
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.0.iter_mut().zip(&other.0).for_each(|(mine, theirs)| *mine += theirs);
-    }
-
-    /// The time within which `percent` of all requests completed.
-    pub fn percentile(&self, percent: f64) -> Duration {
-        let total: u64 = self.0.iter().sum();
-        let wanted = (total as f64 * percent / 100.0).ceil() as u64;
-        let mut seen = 0;
-        for (bucket, count) in self.0.iter().enumerate() {
-            seen += count;
-            if seen >= wanted.max(1) {
-                let (power, eighth) = (bucket / 8, bucket % 8);
-                return Duration::from_nanos((8 + eighth as u64 + 1) << power >> 3);
-            }
-        }
-        Duration::ZERO
-    }
+/// What is free to be used while a load runs: all but the queues' driver side.
+pub struct Beside<'a> {
+    pub frontend: &'a mut Frontend,
+    pub negotiated: &'a mut Negotiated,
+    pub ram: &'a GuestRam,
+    pub vrings: Vec<Arc<Vring>>,
+    stop: &'a Stop,
 }
 
-/// One request's place in memory.
-struct Slot {
-    header: u64,
-    data: u64,
-    submitted: Instant,
-}
-
-struct Worker<'d> {
-    ram: &'d GuestRam,
-    queue: &'d mut SplitQueue,
-    load: Load,
-    blocks: u64,
-    next_block: u64,
-    random_state: u64,
-    slots: Vec<Slot>,
-    free: Vec<usize>,
-    /// By head.
-    slot_of: Vec<usize>,
-    report: Report,
-}
-
-const HEADER_LEN: u32 = 16;
-
-impl BlockDriver {
-    /// Puts `load` on all queues at once, each from a thread of its own.
-    pub fn run_load(&mut self, load: Load) -> Result<Report> {
-        let sectors = self.config()?.sectors;
-        let blocks = sectors * 512 / u64::from(load.block_size);
-        if blocks == 0 {
-            return Err(DriverError::Missing("a disk as large as one request"));
-        }
-        let mut places = Vec::new();
-        for _ in 0..self.queues.len() {
-            let slots: Vec<Slot> = (0..load.depth)
-                .map(|_| Slot {
-                    header: self.ram.allocate(64, 64),
-                    data: self.ram.allocate(load.block_size.into(), 4096),
-                    submitted: Instant::now(),
-                })
-                .collect();
-            places.push(slots);
-        }
-        let ram = &self.ram;
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = self
-                .queues
-                .iter_mut()
-                .zip(places)
-                .enumerate()
-                .map(|(index, (queue, slots))| {
-                    let worker = Worker::new(ram, queue, load, blocks, slots, index as u64);
-                    scope.spawn(|| worker.run())
-                })
-                .collect();
-            let mut total = Report::default();
-            for thread in threads {
-                let report =
-                    thread.join().map_err(|_| DriverError::Daemon("a load thread failed".into()))??;
-                total.merge(&report);
-            }
-            Ok(total)
-        })
-    }
-}
-
-impl<'d> Worker<'d> {
-    fn new(
-        ram: &'d GuestRam,
-        queue: &'d mut SplitQueue,
-        load: Load,
-        blocks: u64,
-        slots: Vec<Slot>,
-        index: u64,
-    ) -> Self {
-        let (free, slot_of) = ((0..slots.len()).collect(), vec![0; usize::from(queue.size)]);
-        let random_state = 0x9e37_79b9_7f4a_7c15 ^ (index + 1) << 17;
-        // Sequential streams of several queues are far apart.
-        let next_block = index * blocks / 8;
-        Self {
-            ram,
-            queue,
-            load,
-            blocks,
-            next_block,
-            random_state,
-            slots,
-            free,
-            slot_of,
-            report: Report::default(),
-        }
+impl Beside<'_> {
+    /// Whether the load has ended with an error.
+    pub fn has_failed(&self) -> bool {
+        self.stop.abandoned.load(Ordering::Relaxed)
     }
 
-    fn run(mut self) -> Result<Report> {
-        let start = Instant::now();
-        let (kicks, interrupts) = (self.queue.kicks, self.queue.interrupts);
-        let end = start + self.load.duration;
-        let mut now = start;
-        loop {
-            if now < end {
-                self.submit_all(now)?;
-            } else if self.free.len() == self.slots.len() {
-                break;
-            }
-            if self.load.poll {
-                self.poll_one(&mut now)?;
-                continue;
-            }
-            self.queue.wait(self.ram, PATIENCE)?;
-            now = Instant::now();
-            while let Some((head, _)) = self.queue.pop_used(self.ram)? {
-                self.complete(head, now)?;
+    /// Goes on with a successor of the backend on the rings as they are: their base is the used index, and each is kicked
+    /// once, unless `kick` is not set.
+    pub fn resume(&mut self, frontend: Frontend, region: &InflightRegion, kick: bool) -> Result<()> {
+        *self.frontend = frontend;
+        *self.negotiated =
+            self.frontend.resume(self.negotiated.acked, self.ram, &self.vrings, Some(region))?;
+        for vring in &self.vrings {
+            // The last backend may have ended between a completion and its interrupt.
+            vring.call_now()?;
+            if kick {
+                vring.kick_now()?;
             }
         }
-        self.report.elapsed = start.elapsed();
-        self.report.kicks = self.queue.kicks - kicks;
-        self.report.interrupts = self.queue.interrupts - interrupts;
-        Ok(self.report)
-    }
-
-    /// One completion at a time, so that its successor is submitted at once.
-    fn poll_one(&mut self, now: &mut Instant) -> Result<()> {
-        let deadline = *now + PATIENCE;
-        loop {
-            if let Some((head, _)) = self.queue.pop_used(self.ram)? {
-                *now = Instant::now();
-                return self.complete(head, *now);
-            }
-            std::hint::spin_loop();
-            if Instant::now() > deadline {
-                return Err(DriverError::Timeout);
-            }
-        }
-    }
-
-    fn submit_all(&mut self, now: Instant) -> Result<()> {
-        while let Some(at) = self.free.pop() {
-            let block = self.pick_block();
-            let slot = &mut self.slots[at];
-            slot.submitted = now;
-            let kind = if self.load.write { RequestKind::Out } else { RequestKind::In };
-            let sector = block * u64::from(self.load.block_size / 512);
-            self.ram.put(slot.header, u128::from(kind as u32) | u128::from(sector) << 64)?;
-            self.ram.put(slot.header + u64::from(HEADER_LEN), 0xffu8)?;
-            let chain = [
-                Buffer::to_read(slot.header, HEADER_LEN),
-                Buffer { addr: slot.data, len: self.load.block_size, device_writes: !self.load.write },
-                Buffer::to_write(slot.header + u64::from(HEADER_LEN), 1),
-            ];
-            let head = self.queue.add(self.ram, &chain)?.ok_or(DriverError::Missing("free descriptors"))?;
-            self.slot_of[usize::from(head)] = at;
-        }
-        self.queue.kick(self.ram)
-    }
-
-    fn complete(&mut self, head: u16, now: Instant) -> Result<()> {
-        let at = self.slot_of[usize::from(head)];
-        let slot = &self.slots[at];
-        let status = IoStatus::from(self.ram.read_byte(slot.header + u64::from(HEADER_LEN))?);
-        if status != IoStatus::Ok {
-            return Err(DriverError::Answer { request: "a request", what: format!("status {status:?}") });
-        }
-        self.report.latencies.add(now - slot.submitted);
-        self.report.requests += 1;
-        self.free.push(at);
         Ok(())
     }
-
-    fn pick_block(&mut self) -> u64 {
-        if !self.load.random {
-            self.next_block = (self.next_block + 1) % self.blocks;
-            return self.next_block;
-        }
-        self.random_state ^= self.random_state << 13;
-        self.random_state ^= self.random_state >> 7;
-        self.random_state ^= self.random_state << 17;
-        self.random_state % self.blocks
-    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl BlockDriver {
+    /// Puts `load` on all queues at once.
+    ///
+    /// # Errors
+    /// A request failed, or had the wrong content, or did not complete within [`super::PATIENCE`].
+    pub fn run_load(&mut self, load: &Load) -> Result<Report> {
+        self.run_load_beside(load, |_| Ok(())).map(|(report, ())| report)
+    }
 
-    #[test]
-    fn percentiles_are_right_within_an_eighth() {
-        let mut histogram = Histogram::default();
-        for microseconds in 1..=1000 {
-            histogram.add(Duration::from_micros(microseconds));
+    /// Puts `load` on all queues while `beside` does something else to the device.
+    ///
+    /// # Errors
+    /// Those of [`BlockDriver::run_load`], before those of `beside`.
+    pub fn run_load_beside<T>(
+        &mut self,
+        load: &Load,
+        beside: impl FnOnce(&mut Beside<'_>) -> Result<T>,
+    ) -> Result<(Report, T)> {
+        let aims = aim::of_queues(load, self.config()?.sectors, self.queues.len())?;
+        let mark = self.ram.mark();
+        let slots: Vec<Vec<Slot>> = (0..self.queues.len()).map(|_| self.slots(load)).collect();
+        self.prepare_ledgers(load, &aims);
+        let stop = Stop {
+            end: if let Extent::Time(time) = load.extent { Some(Instant::now() + time) } else { None },
+            asked: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
+        };
+        let vrings = self.queues.iter().map(SplitQueue::vring).collect();
+        let Self { frontend, ram, queues, negotiated, ledgers, .. } = self;
+        let (ram, stop) = (&*ram, &stop);
+        let threads = if load.poll { load.threads.clamp(1, queues.len()) } else { queues.len() };
+        let mut shares: Vec<Vec<Worker<'_>>> = (0..threads).map(|_| Vec::new()).collect();
+        let parts = queues.iter_mut().zip(ledgers).zip(slots).zip(aims);
+        for (at, (((queue, ledger), slots), aim)) in parts.enumerate() {
+            let ledger = load.verify.then_some(ledger);
+            shares[at % threads].push(Worker::new(ram, queue, load, aim, ledger, slots));
         }
-        for (percent, microseconds) in [(50.0, 500.0), (99.0, 990.0), (1.0, 10.0)] {
-            let got = histogram.percentile(percent).as_secs_f64() * 1e6;
-            assert!((got / microseconds - 1.0).abs() < 0.13, "{percent}: {got}");
+        let outcome = std::thread::scope(|scope| {
+            let running: Vec<_> =
+                shares.into_iter().map(|share| scope.spawn(move || worker::run(share, stop))).collect();
+            let mut beside_it = Beside { frontend, negotiated, ram, vrings, stop };
+            let outcome = beside(&mut beside_it);
+            if load.extent == Extent::Beside {
+                stop.asked.store(true, Ordering::Relaxed);
+            }
+            if outcome.is_err() {
+                stop.abandoned.store(true, Ordering::Relaxed);
+            }
+            let mut total = Report::default();
+            let mut failed = None;
+            for thread in running {
+                match thread.join().map_err(|_| DriverError::Daemon("a load thread failed".into()))? {
+                    Ok(report) => total.merge(&report),
+                    Err(error) => failed = failed.or(Some(error)),
+                }
+            }
+            match failed {
+                Some(error) => Err(error),
+                None => Ok((total, outcome?)),
+            }
+        })?;
+        // Nothing is in flight any more.
+        self.ram.release(mark);
+        Ok(outcome)
+    }
+
+    /// Places in memory for the requests of one queue.
+    fn slots(&mut self, load: &Load) -> Vec<Slot> {
+        (0..load.depth)
+            .map(|_| Slot::new(self.ram.allocate(64, 64), self.ram.allocate(load.block_size.into(), 4096)))
+            .collect()
+    }
+
+    /// What earlier verified loads have written is known to later ones with the same block size.
+    fn prepare_ledgers(&mut self, load: &Load, aims: &[aim::Aim]) {
+        if load.verify && !self.ledgers_fit(load, aims) {
+            let run = ledger::new_run();
+            self.ledgers = aims.iter().map(|aim| Ledger::new(run, load.block_size, aim)).collect();
         }
+        self.ledgers.resize_with(self.queues.len(), Ledger::default);
+    }
+
+    fn ledgers_fit(&self, load: &Load, aims: &[aim::Aim]) -> bool {
+        self.ledgers.iter().zip(aims).all(|(ledger, aim)| ledger.fits(load.block_size, aim))
+            && self.ledgers.len() == aims.len()
     }
 }

@@ -83,14 +83,28 @@ impl GuestRam {
         at
     }
 
+    /// Where the next allocation starts, for [`GuestRam::release`].
+    pub fn mark(&self) -> u64 {
+        self.next_free
+    }
+
+    /// Takes back what was allocated since `mark`. The device must be done with it.
+    pub fn release(&mut self, mark: u64) {
+        self.next_free = self.next_free.min(mark);
+    }
+
     pub fn write(&self, addr: u64, bytes: &[u8]) -> Result<()> {
         Ok(self.map.write_slice(bytes, GuestAddress(addr))?)
     }
 
     pub fn read(&self, addr: u64, len: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len];
-        self.map.read_slice(&mut bytes, GuestAddress(addr))?;
+        self.read_into(addr, &mut bytes)?;
         Ok(bytes)
+    }
+
+    pub fn read_into(&self, addr: u64, bytes: &mut [u8]) -> Result<()> {
+        Ok(self.map.read_slice(bytes, GuestAddress(addr))?)
     }
 
     pub fn read_byte(&self, addr: u64) -> Result<u8> {

@@ -14,6 +14,7 @@ mod inflight;
 mod load;
 mod log;
 mod memory;
+mod process;
 mod queue;
 
 use std::io;
@@ -25,10 +26,11 @@ pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
 pub use daemon::{Daemon, binary};
 pub use frontend::{Frontend, Negotiated, USER_BASE};
 pub use inflight::InflightRegion;
-pub use load::{Histogram, Load, Report};
+pub use load::{Beside, Extent, Ledger, Load, Report};
 pub use log::DirtyLog;
 pub use memory::GuestRam;
-pub use queue::{Buffer, Flags, SplitQueue};
+pub use process::Process;
+pub use queue::{Buffer, Flags, SplitQueue, Vring};
 
 /// What no answer may take longer than.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -49,6 +51,8 @@ pub enum DriverError {
     Timeout,
     #[error("the device gave back descriptor {0}, which it was not given")]
     ForeignDescriptor(u32),
+    #[error("sector {sector}: {what}")]
+    Damaged { sector: u64, what: String },
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     #[error("guest memory")]
@@ -58,7 +62,7 @@ pub enum DriverError {
 }
 
 impl DriverError {
-    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
     }

@@ -1,7 +1,9 @@
 //! The split virtqueue, driver side (virtio 1.2, 2.7).
 
 use std::num::Wrapping;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
@@ -40,17 +42,51 @@ impl Buffer {
     }
 }
 
-/// One virtqueue with its two eventfds. Addresses are guest-physical.
-pub struct SplitQueue {
+/// Where a virtqueue is, and its two eventfds: what a frontend tells a backend. Addresses are guest-physical.
+pub struct Vring {
     pub size: u16,
     pub descriptors: u64,
     pub available: u64,
     pub used: u64,
+    kick: OwnedFd,
+    call: OwnedFd,
+}
+
+impl Vring {
+    pub fn kick_fd(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    pub fn call_fd(&self) -> BorrowedFd<'_> {
+        self.call.as_fd()
+    }
+
+    /// Completions that the device has announced, modulo 2^16.
+    pub fn device_used_idx(&self, ram: &GuestRam) -> Result<u16> {
+        ram.load(self.used + 2)
+    }
+
+    /// Kicks, whether or not the device asks for it.
+    pub fn kick_now(&self) -> Result<()> {
+        signal(&self.kick).map_err(|errno| DriverError::io("kick")(errno.into()))
+    }
+
+    /// Interrupts the driver in the device's place.
+    pub fn call_now(&self) -> Result<()> {
+        signal(&self.call).map_err(|errno| DriverError::io("call")(errno.into()))
+    }
+}
+
+fn signal(eventfd: &OwnedFd) -> rustix::io::Result<()> {
+    rustix::io::write(eventfd, &1u64.to_ne_bytes()).map(drop)
+}
+
+/// The driver's side of one virtqueue.
+pub struct SplitQueue {
+    vring: Arc<Vring>,
     pub indirect: bool,
     pub event_idx: bool,
     indirect_tables: u64,
-    kick: OwnedFd,
-    call: OwnedFd,
     free: Vec<u16>,
     /// By head: the descriptors of its chain, to free.
     chains: Vec<Vec<u16>>,
@@ -62,6 +98,14 @@ pub struct SplitQueue {
     pub interrupts: u64,
 }
 
+impl Deref for SplitQueue {
+    type Target = Vring;
+
+    fn deref(&self) -> &Vring {
+        &self.vring
+    }
+}
+
 impl SplitQueue {
     pub fn new(ram: &mut GuestRam, size: u16, indirect: bool, event_idx: bool) -> Result<Self> {
         let n = u64::from(size);
@@ -70,16 +114,19 @@ impl SplitQueue {
                 .map_err(|errno| DriverError::io("eventfd")(errno.into()))
         };
         let tables = if indirect { ram.allocate(n * INDIRECT_LEN * 16, 4096) } else { 0 };
-        Ok(Self {
+        let vring = Vring {
             size,
             descriptors: ram.allocate(16 * n, 4096),
             available: ram.allocate(6 + 2 * n, 4096),
             used: ram.allocate(6 + 8 * n, 4096),
+            kick: new_eventfd()?,
+            call: new_eventfd()?,
+        };
+        Ok(Self {
+            vring: Arc::new(vring),
             indirect,
             event_idx,
             indirect_tables: tables,
-            kick: new_eventfd()?,
-            call: new_eventfd()?,
             free: (0..size).rev().collect(),
             chains: vec![Vec::new(); usize::from(size)],
             avail_idx: Wrapping(0),
@@ -90,12 +137,9 @@ impl SplitQueue {
         })
     }
 
-    pub fn kick_fd(&self) -> BorrowedFd<'_> {
-        self.kick.as_fd()
-    }
-
-    pub fn call_fd(&self) -> BorrowedFd<'_> {
-        self.call.as_fd()
+    /// What a session needs to set up this queue while another thread drives it.
+    pub fn vring(&self) -> Arc<Vring> {
+        self.vring.clone()
     }
 
     pub fn avail_idx(&self) -> u16 {
@@ -202,9 +246,7 @@ impl SplitQueue {
 
     pub fn kick_now(&mut self) -> Result<()> {
         self.kicks += 1;
-        rustix::io::write(&self.kick, &1u64.to_ne_bytes())
-            .map(|_| ())
-            .map_err(|errno| DriverError::io("kick")(errno.into()))
+        self.vring.kick_now()
     }
 
     /// The next completion: its head and the bytes written.
@@ -250,14 +292,14 @@ impl SplitQueue {
     /// Waits for an interrupt, and takes it. `false`: none came.
     pub fn wait_for_call(&mut self, patience: Duration) -> Result<bool> {
         let timeout = Timespec::try_from(patience).ok();
-        let mut fds = [PollFd::new(&self.call, PollFlags::IN)];
+        let mut fds = [PollFd::new(&self.vring.call, PollFlags::IN)];
         match poll(&mut fds, timeout.as_ref()) {
             Ok(0) => return Ok(false),
             Ok(_) => {}
             Err(errno) => return Err(DriverError::io("wait for an interrupt")(errno.into())),
         }
         self.interrupts += 1;
-        let _ = rustix::io::read(&self.call, &mut [0; 8]);
+        let _ = rustix::io::read(&self.vring.call, &mut [0; 8]);
         Ok(true)
     }
 

@@ -6,7 +6,7 @@ directory=$1 sources=$2 check=$3 unit=$4
 root=$directory/root
 
 mmdebstrap --quiet --variant=minbase \
-    --include=systemd-sysv,udev,dbus,login,kmod,procps,iproute2,pciutils,e2fsprogs,linux-image-cloud-amd64 \
+    --include=systemd-sysv,udev,dbus,login,kmod,procps,iproute2,pciutils,e2fsprogs,fio,linux-image-cloud-amd64 \
     --aptopt='Acquire::Languages "none"' \
     --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' \

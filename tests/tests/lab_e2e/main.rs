@@ -10,6 +10,7 @@ mod disks;
 mod faults;
 mod refusals;
 mod rig;
+mod survival;
 mod uarts;
 
 use std::ffi::OsString;
@@ -35,7 +36,8 @@ use rig::Rig;
 const INSIDE: &str = "CLEAVE_E2E_INSIDE";
 
 /// The modules above that hold cases, as filters; those that take long come first.
-const GROUPS: &[&str] = &["debian::", "boots::", "daemons::", "faults::", "disks::", "refusals::", "uarts::"];
+const GROUPS: &[&str] =
+    &["survival::", "debian::", "boots::", "daemons::", "faults::", "disks::", "refusals::", "uarts::"];
 
 /// Of a lab machine: the largest guest has 4 GiB.
 const MEMORY: ByteSize = ByteSize(6 << 30);
@@ -43,8 +45,17 @@ const MEMORY: ByteSize = ByteSize(6 << 30);
 type Case = (&'static str, fn(&Rig) -> Outcome<()>);
 
 fn cases() -> Vec<Case> {
-    [boots::CASES, disks::CASES, daemons::CASES, uarts::CASES, debian::CASES, faults::CASES, refusals::CASES]
-        .concat()
+    [
+        boots::CASES,
+        disks::CASES,
+        daemons::CASES,
+        uarts::CASES,
+        debian::CASES,
+        faults::CASES,
+        refusals::CASES,
+        survival::CASES,
+    ]
+    .concat()
 }
 
 fn trials() -> Vec<Trial> {
