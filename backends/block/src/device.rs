@@ -76,7 +76,6 @@ pub(crate) struct Block {
 impl Block {
     pub(crate) fn new(image: Image, options: BlockOptions) -> Result<Self, BlockError> {
         let BlockOptions { num_queues, max_queue_size, serial, on_full, poll, throttle, cpus } = options;
-        cpus.as_ref().map_or(Ok(()), cpus::check)?;
         let image = Arc::new(image);
         let disk = Arc::new(Disk::new(&image, num_queues, serial, on_full, poll, throttle)?);
         let queues = (0..num_queues)

@@ -186,6 +186,7 @@ fn run(args: Args) -> Result<(), Failure> {
     let (format, cache) = (args.format.into(), args.cache.into());
     let options = ImageOptions { path, format, read_only: args.read_only, cache };
     let image = Image::open(&options).map_err(BlockError::from)?;
+    args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(BlockError::from)?;
     let endpoint = socket.open()?;
     let sandbox =
         Sandbox { program: "cleave-block", mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };

@@ -197,7 +197,10 @@ impl<'e> Queue<'e> {
         loop {
             if self.engine.has_news() {
                 self.engine.poll()?;
-                return Ok(true);
+                // News may be of no event yet: then the look goes on, and has its end.
+                if self.engine.has_events() {
+                    return Ok(true);
+                }
             }
             // A ring that cannot be read is looked at, and found broken, by `fetch`.
             if self.fetches() && self.vring.has_available().unwrap_or(true) {

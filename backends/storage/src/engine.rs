@@ -255,6 +255,11 @@ impl Engine {
         self.has_finished() || self.ring.has_news()
     }
 
+    /// Whether something has come that [`Engine::next_event`] looks at.
+    pub fn has_events(&mut self) -> bool {
+        self.ring.has_completions()
+    }
+
     /// Submits what has gathered and waits for at least one event.
     ///
     /// # Errors

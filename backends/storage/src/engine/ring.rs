@@ -78,7 +78,7 @@ impl Ring {
 
     /// Whether something has come, or would by [`Ring::poll`]. Looks at shared memory only: cheap enough to ask all the time.
     pub(super) fn has_news(&mut self) -> bool {
-        !self.uring.completion().is_empty() || !self.backlog.is_empty() || self.kernel_is_due()
+        self.has_completions() || !self.backlog.is_empty() || self.kernel_is_due()
     }
 
     /// Whether the kernel has anything to take or to give.
@@ -125,6 +125,10 @@ impl Ring {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    pub(super) fn has_completions(&mut self) -> bool {
+        !self.uring.completion().is_empty()
     }
 
     /// The next completion that has come.

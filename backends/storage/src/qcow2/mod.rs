@@ -123,9 +123,14 @@ impl Mapped {
 impl Worker {
     fn start(shared: &Arc<Shared>) -> io::Result<Self> {
         let (jobs, inbox) = mpsc::channel();
+        let (ready, started) = mpsc::channel();
         let shared = shared.clone();
-        let thread =
-            thread::Builder::new().name("qcow2".to_owned()).spawn(move || worker::run(&shared, &inbox))?;
+        let thread = thread::Builder::new().name("qcow2".to_owned()).spawn(move || {
+            let _ = ready.send(());
+            worker::run(&shared, &inbox);
+        })?;
+        // What a thread calls while it starts, the filter of system calls that comes next does not allow.
+        started.recv().map_err(io::Error::other)?;
         Ok(Self { jobs, thread })
     }
 }
