@@ -62,6 +62,8 @@ const SESSION: Calls = &[
     libc::SYS_sendto,
     libc::SYS_recvfrom,
     libc::SYS_connect,
+    // The channel that a daemon reports changes on.
+    libc::SYS_socketpair,
     libc::SYS_getsockopt,
     libc::SYS_shutdown,
     libc::SYS_fcntl,
