@@ -19,6 +19,7 @@ mod seccomp;
 use clap::ValueEnum;
 use cleave_common::exit::Failure;
 use cleave_common::sandbox::report_violations;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{debug, warn};
 
 use crate::footprint::Text;
@@ -90,6 +91,7 @@ impl Sandbox {
             warn!("no sandbox: this process may do what its user may");
             return Ok(Confined { program: self.program, allowed: None, text });
         }
+        raise_memlock_limit();
         capabilities::drop_all().map_err(SandboxError::Capabilities)?;
         if !landlock::restrict(endpoint.socket_file()).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");
@@ -99,6 +101,19 @@ impl Sandbox {
         syscalls.extend(endpoint.socket_file().map(|_| libc::SYS_unlink));
         let allowed = Some(Allowed { syscalls, ioctls: self.ioctls });
         Ok(Confined { program: self.program, allowed, text })
+    }
+}
+
+/// The kernel charges I/O rings to their user unless that one may lock any memory, which nobody may without capabilities:
+/// a few dozen daemons would fill the usual 8 MiB.
+fn raise_memlock_limit() {
+    let unlimited = Rlimit { current: None, maximum: None };
+    if setrlimit(Resource::Memlock, unlimited).is_ok() {
+        return;
+    }
+    let limit = getrlimit(Resource::Memlock);
+    if let Err(errno) = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit }) {
+        debug!("the limit of locked memory stays as it is: {errno}");
     }
 }
 

@@ -44,6 +44,10 @@ pub enum EngineError {
         "io_uring is disabled on this host: allow it with 'sysctl kernel.io_uring_disabled=0', or in the container's seccomp profile"
     )]
     Disabled,
+    #[error(
+        "io_uring may lock no more memory: raise 'ulimit -l' (LimitMEMLOCK= under systemd), or use fewer or shorter queues"
+    )]
+    Memory(#[source] io::Error),
     #[error("io_uring cannot be set up")]
     Io(#[from] io::Error),
 }
@@ -114,6 +118,7 @@ impl Engine {
     pub fn new(image: Arc<Image>, depth: u16) -> Result<Self, EngineError> {
         let ring = Ring::new(depth, image.files()).map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM | libc::ENOSYS) => EngineError::Disabled,
+            Some(libc::ENOMEM) => EngineError::Memory(error),
             _ => EngineError::Io(error),
         })?;
         let is_device = image.file().metadata()?.file_type().is_block_device();

@@ -3,12 +3,13 @@
 mod topology;
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+use tracing::warn;
 
 use crate::lock::{self, LockError};
 use crate::qcow2::{self, HeaderError, Mapped};
@@ -124,7 +125,16 @@ impl Image {
     pub fn open(options: &ImageOptions) -> Result<Self, ImageError> {
         let (path, read_only, cache) = (options.path.clone(), options.read_only, options.cache);
         let (files, mapped) = match options.format {
-            ImageFormat::Raw => (vec![HostImage::open(&path, read_only, cache)?], None),
+            ImageFormat::Raw => {
+                let file = HostImage::open(&path, read_only, cache)?;
+                if starts_like_qcow2(&path) {
+                    warn!(
+                        "disk {} begins like a qcow2 image and is served as raw: --format qcow2 serves what is in it",
+                        path.display()
+                    );
+                }
+                (vec![file], None)
+            }
             ImageFormat::Qcow2 => {
                 let (files, mapped) = qcow2::open(&path, read_only, cache)?;
                 (files, Some(mapped))
@@ -262,6 +272,13 @@ impl HostImage {
         let topology = if is_device { Topology::of_device(&file) } else { Topology::default() };
         Ok(Self { file, len, geometry, topology })
     }
+}
+
+/// A raw disk's first bytes are its guest's, so that this is worth a word and no more. Through another descriptor, which
+/// needs no aligned buffer.
+fn starts_like_qcow2(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"QFI\xfb"
 }
 
 impl Drop for HostImage {
