@@ -105,6 +105,13 @@ impl Disk {
         turn
     }
 
+    /// Counts a request that goes without having asked.
+    pub(crate) fn charge(&self, direction: Direction, bytes: u64) {
+        let Some((start, throttle)) = &self.throttle else { return };
+        let now = start.elapsed();
+        throttle.lock().unwrap_or_else(PoisonError::into_inner).charge(now, direction, bytes);
+    }
+
     /// Nothing of `queue` waits for the rate limits any more.
     pub(crate) fn leave_line(&self, queue: u16, direction: Direction) {
         let Some((_, throttle)) = &self.throttle else { return };

@@ -189,7 +189,7 @@ fn run(args: Args) -> Result<(), Failure> {
     args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(BlockError::from)?;
     let endpoint = socket.open()?;
     let sandbox =
-        Sandbox { program: "cleave-block", mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };
+        Sandbox { program: "cleave-block", mode, syscalls: sandbox::SYSCALLS, ..Sandbox::default() };
     let confined = sandbox.enter(&endpoint)?;
     let options = BlockOptions {
         num_queues: args.num_queues,

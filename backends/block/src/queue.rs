@@ -133,7 +133,8 @@ impl<'e> Queue<'e> {
                 Event::Readable(id) if id == signals.wake => {
                     if matches!(inbox.try_next(), Some(Command::Stop)) {
                         self.stopping = true;
-                        self.waiting.submit_all(self.disk, self.engine);
+                        let remembered = self.vring.remembers_in_flight();
+                        self.waiting.submit_all(remembered, self.disk, self.engine);
                     }
                 }
                 Event::Readable(id) if id == signals.nudge => nudged = true,

@@ -101,11 +101,24 @@ impl Throttle {
             }
             return Turn::After(Duration::from_nanos(wait.try_into().unwrap_or(u64::MAX)));
         }
+        line.pop_front();
+        let next = line.front().copied();
+        self.fill(direction, units);
+        Turn::Go { next }
+    }
+
+    /// Counts a request that goes at `now` whether there is room or not: those after it wait the longer.
+    pub(crate) fn charge(&mut self, now: Duration, direction: Direction, bytes: u64) {
+        for bucket in self.buckets.iter_mut().flat_map(|buckets| buckets.of(direction)) {
+            bucket.wait(now);
+        }
+        self.fill(direction, [self.request_units(bytes), u128::from(bytes) * NANO]);
+    }
+
+    fn fill(&mut self, direction: Direction, units: [u128; 2]) {
         for (buckets, units) in self.buckets.iter_mut().zip(units) {
             buckets.of(direction).for_each(|bucket| bucket.fill(units));
         }
-        line.pop_front();
-        Turn::Go { next: line.front().copied() }
     }
 
     /// `queue` has nothing that waits any more. The queue that is first in line by that is to be told.

@@ -25,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// Takes the lock for as long as `file` is open: shared to read, exclusive to write.
 pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
     let deadline = Instant::now() + PATIENCE;
+    if shared {
+        outlast_the_dead(file, deadline).map_err(LockError::Io)?;
+    }
     while !try_lock(file, shared).map_err(LockError::Io)? {
         let holder = holder(file);
         if holder.is_some() || Instant::now() > deadline {
@@ -33,6 +36,30 @@ pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
+}
+
+/// A lock to read does not keep another reader out, yet the reads of one that was killed may still land in memory that
+/// its successor serves. Waits while there is a lock that nobody visible has, and not after `deadline`: it may be a
+/// reader's whom we may not look at. One that runs beside a dead one hides it.
+fn outlast_the_dead(file: &File, deadline: Instant) -> io::Result<()> {
+    while is_locked(file)? && owner(file, None).is_none() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// Whether anybody else has a lock, of either kind.
+fn is_locked(file: &File) -> io::Result<bool> {
+    let mut lock = whole(libc::F_WRLCK);
+    // SAFETY: the descriptor is open for the call, and `lock` is a valid flock that may be written.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) } {
+        0 => Ok(lock.l_type != libc::F_UNLCK as i16),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn whole(kind: i32) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 }
 }
 
 /// `false`: somebody has a lock that excludes ours.
@@ -52,8 +79,7 @@ pub(crate) fn unlock(file: &File) {
 }
 
 fn set_lock(file: &File, kind: i32) -> io::Result<()> {
-    let whole =
-        libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
+    let whole = whole(kind);
     // SAFETY: the descriptor is open for the call, and `whole` is a valid flock that is only read.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } {
         0 => Ok(()),
@@ -61,15 +87,18 @@ fn set_lock(file: &File, kind: i32) -> io::Result<()> {
     }
 }
 
-/// Looks through the open files of every process we may look at: the kernel gives no process for this kind of lock.
 fn holder(file: &File) -> Option<String> {
-    let meta = file.metadata().ok()?;
-    let own = std::process::id();
-    let pids =
-        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let pid = pids.filter(|pid: &u32| *pid != own).find(|pid| holds(*pid, &meta))?;
+    let pid = owner(file, Some(std::process::id()))?;
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     Some(format!("{} (process {pid})", name.trim()))
+}
+
+/// Looks through the open files of every process we may look at: the kernel gives no process for this kind of lock.
+fn owner(file: &File, but: Option<u32>) -> Option<u32> {
+    let meta = file.metadata().ok()?;
+    let mut pids =
+        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.find(|pid: &u32| Some(*pid) != but && holds(*pid, &meta))
 }
 
 /// Whether a process has a lock on this very file. The device number beside a lock is not always the file's: on an
@@ -82,4 +111,38 @@ fn holds(pid: u32, file: &fs::Metadata) -> bool {
         info.lines().any(|line| line.starts_with("lock:"))
             && fs::metadata(target).is_ok_and(|it| (it.dev(), it.ino()) == (file.dev(), file.ino()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_waits_for_a_lock_without_an_owner_and_for_no_other_reader() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        path.as_file().set_len(4096).unwrap();
+        let (first, second) = (path.reopen().unwrap(), path.reopen().unwrap());
+        lock(&first, true).unwrap();
+        let start = Instant::now();
+        lock(&second, true).unwrap();
+        assert!(start.elapsed() < PATIENCE / 2, "a live reader delays: {:?}", start.elapsed());
+        unlock(&second);
+
+        // SAFETY: a new mapping; it keeps the open file, and its lock, when no descriptor does.
+        let mapping = unsafe {
+            libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, first.as_raw_fd(), 0)
+        };
+        assert_ne!(mapping, libc::MAP_FAILED);
+        drop(first);
+        let mapping = mapping.expose_provenance();
+        let undone = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
+            // SAFETY: nobody uses the mapping.
+            unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(mapping), 4096) }
+        });
+        let start = Instant::now();
+        lock(&second, true).unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(290) && start.elapsed() < PATIENCE);
+        assert_eq!(undone.join().unwrap(), 0);
+    }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use cleave_runtime::{GuestMemory, RingError, Segment};
-use cleave_storage::Transfer;
+use cleave_storage::{Range, RangeOp, Transfer};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Queue;
@@ -105,7 +105,7 @@ impl Queue<'_> {
     ) -> Result<(), Status> {
         let limits = self.disk.limits();
         let (op, ranges) = segments::read(&self.chain, self.vring.memory(), request, work, &limits, durable)?;
-        let bytes = ranges.iter().map(|range| range.len).sum();
+        let bytes = cost(op, &ranges);
         self.engine.park_ranges(head, op, ranges);
         self.waiting.admit(head, Direction::Write, bytes, self.disk, self.engine);
         Ok(())
@@ -166,6 +166,20 @@ impl Queue<'_> {
         self.vring.memory().map().write_obj(status as u8, pending.status)?;
         let written = if status == Status::Ok { pending.written } else { 0 };
         self.vring.push_used(head, written + 1)
+    }
+}
+
+/// Most bytes of a request to write zeroes that count for the rate limits: few disks have to be written for it.
+const MAX_ZEROES_COST: u64 = 16 << 20;
+
+/// Bytes that `op` on `ranges` counts for the rate limits. One command discards up to 64 GiB and moves nothing.
+fn cost(op: RangeOp, ranges: &[Range]) -> u64 {
+    match op {
+        RangeOp::Discard | RangeOp::WriteZeroes { unmap: true, .. } => 0,
+        RangeOp::WriteZeroes { unmap: false, .. } => {
+            let bytes = ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.len));
+            bytes.min(MAX_ZEROES_COST)
+        }
     }
 }
 

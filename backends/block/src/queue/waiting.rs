@@ -112,14 +112,22 @@ impl Waiting {
         }
     }
 
-    /// The queue is to stop: everything is submitted, once more.
-    pub(super) fn submit_all(&mut self, disk: &Disk, engine: &mut Engine) {
+    /// The queue is to stop: everything is submitted, once more. What the rate limits hold is counted as if it had waited,
+    /// or, if it is `remembered`, left to whoever serves the ring next: else a guest would get round them by resetting.
+    pub(super) fn submit_all(&mut self, remembered: bool, disk: &Disk, engine: &mut Engine) {
         for direction in Direction::ALL {
             let held = &mut self.held[direction as usize];
             if !held.requests.is_empty() {
                 disk.leave_line(self.queue, direction);
             }
-            held.requests.drain(..).for_each(|(head, _)| engine.submit(head));
+            for (head, bytes) in held.requests.drain(..) {
+                if remembered {
+                    engine.abandon(head);
+                } else {
+                    disk.charge(direction, bytes);
+                    engine.submit(head);
+                }
+            }
             held.due = None;
         }
         self.room_found(engine);

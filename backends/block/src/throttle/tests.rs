@@ -174,3 +174,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_goes_unasked_is_paid_for_by_those_after_it() {
+    let mut throttle = throttle("iops-write=100");
+    throttle.charge(Duration::ZERO, Direction::Write, 512);
+    for _ in 0..29 {
+        throttle.charge(Duration::ZERO, Direction::Write, 512);
+    }
+    // Of 30, ten are the bucket's.
+    assert_eq!(throttle.ask(Duration::ZERO, 0, Direction::Write, 512), Turn::After(200 * MS));
+    assert!(matches!(throttle.ask(200 * MS, 0, Direction::Write, 512), Turn::Go { next: None }));
+}

@@ -41,12 +41,14 @@ const SERVING: &[i64] = &[
     libc::SYS_brk,
     libc::SYS_futex,
     libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
     libc::SYS_getrandom,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
     libc::SYS_restart_syscall,
     // The end, orderly or not.
     libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigaction,
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
     libc::SYS_getpid,
@@ -55,8 +57,9 @@ const SERVING: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// What libraries try and do well without: the allocator looks at a setting of the kernel's once, a panic at its program.
-const DENIED: &[i64] = &[libc::SYS_open, libc::SYS_openat, libc::SYS_readlink];
+/// What libraries try and do well without: the allocator looks at a setting of the kernel's once, a panic at its program
+/// and, with RUST_BACKTRACE, at its directory.
+const DENIED: &[i64] = &[libc::SYS_open, libc::SYS_openat, libc::SYS_readlink, libc::SYS_getcwd];
 
 /// Confines all threads to [`SERVING`], `extra` and `ioctls`. `false`: this kernel has no such filters.
 pub(super) fn apply(extra: &[i64], ioctls: &[u64]) -> Result<bool, Box<dyn Error + Send + Sync>> {

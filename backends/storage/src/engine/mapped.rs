@@ -93,7 +93,11 @@ impl Engine {
         let slot = &mut self.slots[usize::from(tag)];
         let entry = match step {
             Step::Submit(target) => slot.entry_at(target),
-            Step::Sync => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+            Step::Sync => {
+                // What a write held went with its last byte; the sync after it holds nothing.
+                self.bounced -= bounced;
+                opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build()
+            }
             Step::Wait => return,
             Step::Over(progress) => {
                 if matches!(progress, Progress::Done(_)) {
@@ -211,6 +215,7 @@ impl Mapping {
             (Progress::Done(Ok(())), Piece::InFileThenSync) => {
                 *self.piece(tag) = Piece::Sync;
                 slot.begin_flush();
+                slot.set_parked(false);
                 Step::Sync
             }
             (Progress::More, _) => self.next_step(tag, slot),

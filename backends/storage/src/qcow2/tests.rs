@@ -163,6 +163,22 @@ fn an_empty_disk_reads_as_zeros_and_keeps_what_is_written() {
 }
 
 #[test]
+fn writes_that_are_synced_after_leave_no_aligned_memory_behind() {
+    const CLUSTER: usize = 64 << 10;
+    const CLUSTERS: usize = 80;
+    let place = directory();
+    let path = place.path().join("image");
+    New::of((CLUSTERS * CLUSTER) as u64, CLUSTER).make(&path);
+    let mut engine = Engine::new(Arc::new(open_image(&path, CacheMode::None).unwrap()), 8).unwrap();
+    for at in (0..CLUSTERS).map(|n| (n * CLUSTER) as u64) {
+        // Its tables are not durable after this one.
+        write(&mut engine, at, &[1; CLUSTER], false).unwrap();
+        write(&mut engine, at, &[2; CLUSTER], true).unwrap();
+        assert!(engine.has_room(), "no request is welcome any more after {at} bytes");
+    }
+}
+
+#[test]
 fn backing_files_show_until_they_are_written_over() {
     const SIZE: usize = 1 << 20;
     for cache in CACHES {
