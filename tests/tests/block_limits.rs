@@ -159,6 +159,8 @@ fn queue_threads_run_where_they_were_put() {
     let list: Vec<String> = cpus.iter().map(usize::to_string).collect();
     let image = disk(MIB);
     let daemon = start(&image, &["--num-queues", "3", "--cpus", &list.join(",")]);
+    // It serves once its threads are there.
+    let _driver = BlockDriver::connect(&daemon.socket, 3).unwrap();
     let mut found = 0;
     for thread in daemon.process().threads().unwrap() {
         let name = fs::read_to_string(format!("/proc/{}/task/{thread}/comm", daemon.pid())).unwrap();
