@@ -160,6 +160,7 @@ impl Served {
             Ok((daemon, socket)) => {
                 let pid = daemon.pid();
                 self.state = State::Alive { daemon, since: now, killed: false };
+                self.restarts.started();
                 let successor = Successor { socket, serial: self.restarts.count() };
                 Ok(Started { slot: self.slot, pid, successor })
             }
