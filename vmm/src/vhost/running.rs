@@ -129,12 +129,7 @@ impl Negotiated {
     }
 
     /// A region that is there goes to the successor; a fresh start gets a fresh one.
-    fn share_inflight(
-        &mut self,
-        active: &mut Active,
-        queues: u16,
-        limit: Limit,
-    ) -> Result<(), SessionError> {
+    fn share_inflight(&mut self, active: &mut Active, queues: u16, limit: Limit) -> Result<(), SessionError> {
         if !active.begun {
             let queue_size = active.start.rings.iter().map(|ring| ring.size).max().unwrap_or(0);
             active.inflight = Inflight::obtain(&mut self.wire, queues, queue_size, limit)?;

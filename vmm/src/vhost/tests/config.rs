@@ -48,7 +48,9 @@ fn config_writes_before_the_start_are_repeated_once_the_features_are_known() {
     fixture.mailbox.write_config(0, &[3]);
     fixture.daemon.wait_for(Request::SetConfig, 5, |_| ());
     let mut order = fixture.daemon.requests();
-    order.retain(|request| matches!(request, Request::SetConfig | Request::SetFeatures | Request::SetMemTable));
+    order.retain(|request| {
+        matches!(request, Request::SetConfig | Request::SetFeatures | Request::SetMemTable)
+    });
     let write = Request::SetConfig;
     assert_eq!(order, [write, write, Request::SetFeatures, write, write, Request::SetMemTable, write]);
 }
