@@ -59,6 +59,11 @@ impl Restarts {
         self.count
     }
 
+    /// It has been started again. An attempt that came to nothing counts for the pauses only.
+    pub fn started(&mut self) {
+        self.count += 1;
+    }
+
     /// Decides about a daemon that lived this long and ended so; `None` for one that could not even be started.
     pub fn after(&mut self, status: Option<ExitStatus>, lived: Duration) -> Decision {
         match self.when {
@@ -71,7 +76,6 @@ impl Restarts {
         if let Some(limit) = self.limit.filter(|limit| self.count >= *limit) {
             return Decision::GiveUp(Reason::Limit(limit));
         }
-        self.count += 1;
         if lived >= LIVED {
             self.streak = 0;
         }
@@ -114,7 +118,7 @@ mod tests {
         assert_eq!(restarts.after(None, Duration::ZERO), Decision::Restart(FIRST_PAUSE));
         restarts.streak = u32::MAX;
         assert_eq!(restarts.after(succeeded(), SOON), Decision::Restart(LONGEST_PAUSE));
-        assert_eq!(restarts.count(), 15);
+        assert_eq!(restarts.count(), 0, "nothing was started");
     }
 
     #[test]
@@ -128,7 +132,13 @@ mod tests {
         assert_eq!(on_failure.after(exit_1, LIVED), Decision::Restart(Duration::ZERO));
         assert_eq!(on_failure.after(None, LIVED), Decision::Restart(Duration::ZERO));
         let mut limited = Restarts::new(Restart::Always, Some(2));
-        let given_up = (0..9).filter(|_| limited.after(killed(), LIVED) != Decision::Restart(Duration::ZERO));
+        let given_up = (0..9).filter(|_| {
+            let restart = limited.after(killed(), LIVED) == Decision::Restart(Duration::ZERO);
+            if restart {
+                limited.started();
+            }
+            !restart
+        });
         assert_eq!(given_up.count(), 7);
         assert_eq!(limited.count(), 2);
         assert_eq!(

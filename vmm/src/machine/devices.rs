@@ -20,10 +20,12 @@ impl Machine {
             DeviceEvent::Running => {
                 tracing::debug!("device {name} runs");
                 device.needs_reset = false;
+                device.has_daemon = true;
                 device.enter(DeviceState::Connected);
             }
             DeviceEvent::Lost { serial, reason } => {
                 tracing::warn!("device {name} is lost: {reason}; the machine goes on");
+                device.has_daemon = false;
                 // Why it failed says more than what followed from it.
                 if device.state != DeviceState::Failed {
                     device.enter(DeviceState::Lost);
@@ -35,6 +37,7 @@ impl Machine {
                 let after = span(after);
                 tracing::warn!("device {name} is back after {after}; {}", submitted_again(replayed));
                 device.replayed += replayed;
+                device.has_daemon = true;
                 if !device.needs_reset {
                     device.enter(DeviceState::Connected);
                 }
@@ -56,6 +59,7 @@ impl Machine {
                 device.needs_reset = true;
                 device.fail(reason);
             }
+            DeviceEvent::Reset => device.mend(),
             DeviceEvent::Refused { reason } => {
                 tracing::error!("the driver of device {name} set it up in a way that cannot be: {reason}");
             }
@@ -86,7 +90,7 @@ impl Machine {
             }
             Decision::GiveUp(why) => {
                 tracing::error!("{exit}; {why}: the machine goes on without its device");
-                device.fail(format!("{exit}; {why}"));
+                device.give_up(format!("{exit}; {why}"));
             }
         }
     }
@@ -111,7 +115,7 @@ impl Machine {
             }
             Decision::GiveUp(why) => {
                 tracing::error!("{error}; {why}: the machine goes on without device {}", device.name);
-                device.fail(format!("{error}; {why}"));
+                device.give_up(format!("{error}; {why}"));
             }
         }
     }

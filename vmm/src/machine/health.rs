@@ -54,6 +54,8 @@ pub struct Health {
     pub last_error: Option<String>,
     /// What its driver runs is gone, and its daemon may be there: it waits for a reset by the driver.
     pub needs_reset: bool,
+    /// A daemon has come back since the last loss.
+    pub has_daemon: bool,
     /// Of a daemon that is ours, while it runs.
     pub pid: Option<u32>,
     /// Where a daemon that someone else runs listens.
@@ -74,6 +76,7 @@ impl Health {
             replayed: 0,
             last_error: None,
             needs_reset: false,
+            has_daemon: false,
             pid: None,
             socket,
         }
@@ -90,6 +93,19 @@ impl Health {
     pub fn fail(&mut self, error: impl fmt::Display) {
         self.enter(DeviceState::Failed);
         self.last_error = Some(error.to_string());
+    }
+
+    /// Its daemon is not started again: no reset helps.
+    pub fn give_up(&mut self, error: impl fmt::Display) {
+        self.needs_reset = false;
+        self.fail(error);
+    }
+
+    /// The reset that it waited for has come; it may have no driver from now on.
+    pub fn mend(&mut self) {
+        if std::mem::take(&mut self.needs_reset) {
+            self.enter(if self.has_daemon { DeviceState::Connected } else { DeviceState::Reconnecting });
+        }
     }
 
     fn columns(&self, now: Instant) -> [String; 7] {
@@ -174,7 +190,13 @@ mod tests {
         let device = table.device(SlotIndex(0));
         device.enter(DeviceState::Connected);
         device.restarts = 3;
-        device.fail("no daemon listens");
+        device.fail("the driver has to reset it");
+        (device.needs_reset, device.has_daemon) = (true, true);
+        device.mend();
+        assert_eq!(device.state, DeviceState::Connected);
+        device.needs_reset = true;
+        device.give_up("no daemon listens");
+        device.mend();
         let text = table.to_string();
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines.len(), 3);

@@ -141,9 +141,11 @@ impl Supervisor {
 
 impl Served {
     fn reap(&mut self) -> Option<Ended> {
-        let State::Alive { daemon, since, .. } = &mut self.state else { return None };
+        let State::Alive { daemon, since, killed } = &mut self.state else { return None };
         let exit = daemon.exit()?;
-        let decision = self.restarts.after(Some(exit.status), since.elapsed());
+        // One that was to be killed may have left of itself just before, as if all were well: it was given up all the same.
+        let status = (!*killed).then_some(exit.status);
+        let decision = self.restarts.after(status, since.elapsed());
         self.decide(decision);
         Some(Ended { slot: self.slot, exit, decision })
     }
@@ -158,6 +160,7 @@ impl Served {
             Ok((daemon, socket)) => {
                 let pid = daemon.pid();
                 self.state = State::Alive { daemon, since: now, killed: false };
+                self.restarts.started();
                 let successor = Successor { socket, serial: self.restarts.count() };
                 Ok(Started { slot: self.slot, pid, successor })
             }

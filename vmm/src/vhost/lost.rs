@@ -15,7 +15,9 @@
 //! A socket that hangs up says that its process has no mapping of guest memory any more, or has let go of the session.
 //! It does not say that the disk is done: direct I/O that the dead process had submitted can still be on its way in the
 //! kernel. `cleave-block` has a lock on its image through the very file description that such I/O keeps open, and its
-//! successor waits for that lock, so it has no writable image before the last of it is over.
+//! successor waits for that lock, so it has no writable image before the last of it is over. A read, too, is such I/O: it
+//! writes guest memory. The lock on a read-only image is shared, and keeps no successor out; there it waits only while the
+//! image has a lock whose owner cannot be seen.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;

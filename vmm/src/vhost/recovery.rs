@@ -115,23 +115,30 @@ impl Worker {
         }
     }
 
-    /// Gives a successor what it is to run, then what the driver wrote; what its config space is then.
+    /// Gives a successor what the driver wrote and what it is to run; what its config space is then.
     fn replay(
-        &self,
+        &mut self,
         connection: &mut Negotiated,
         active: Option<&mut Active>,
     ) -> Result<Vec<u8>, SessionError> {
-        if let Some(active) = active {
-            connection.start(&self.memory, active)?;
+        match active {
+            Some(active) => {
+                connection.start(&self.memory, active, &mut self.written, self.first.num_queues)?;
+            }
+            // What it refuses without knowing the features is repeated at the start.
+            None => {
+                let limit = connection.limit();
+                self.written
+                    .writes()
+                    .iter()
+                    .try_for_each(|write| connection.write_config(write, limit).map(drop))?;
+            }
         }
-        let writes = self.written.runs();
-        let mut config = connection.offer.config.clone();
-        if !writes.is_empty() {
-            let limit = connection.limit();
-            writes.into_iter().try_for_each(|write| connection.write_config(write, limit))?;
-            config = connection.config(limit)?.unwrap_or(config);
-        }
-        Ok(config)
+        let config = match self.written.is_empty() {
+            true => None,
+            false => connection.config(connection.limit())?,
+        };
+        Ok(config.unwrap_or_else(|| connection.offer.config.clone()))
     }
 }
 

@@ -1,6 +1,5 @@
 //! What is said to a daemon whose features are known: start, stop, reset, calls, config space.
 
-use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
 use cleave_common::vhost_user::features::{protocol, virtio};
@@ -42,30 +41,31 @@ impl Active {
     }
 }
 
-/// Bytes that the driver wrote to config space since the last reset. A successor starts without them, so it is told them
-/// again: a disk whose guest chose write-through must not be served write-back after a crash.
+/// What the driver wrote to config space since the last reset, in order. A daemon may refuse it before it knows the driver's
+/// features, and a successor starts without it, so it is told at each start: a disk whose guest chose write-through must
+/// not be served write-back.
 #[derive(Debug, Default)]
-pub(super) struct Written(BTreeMap<u32, u8>);
+pub(super) struct Written(Vec<ConfigWrite>);
 
 impl Written {
-    pub(super) fn note(&mut self, write: &ConfigWrite) {
-        self.0.extend((write.offset..).zip(write.data.iter().copied()));
+    /// A write voids those whose bytes it replaces, so a guest that goes on writing does not let this grow.
+    pub(super) fn note(&mut self, write: ConfigWrite) {
+        let bytes = |write: &ConfigWrite| (write.offset as usize, write.offset as usize + write.data.len());
+        let (start, end) = bytes(&write);
+        self.0.retain(|old| bytes(old).0 < start || bytes(old).1 > end);
+        self.0.push(write);
     }
 
     pub(super) fn forget(&mut self) {
         self.0.clear();
     }
 
-    /// As the fewest writes.
-    pub(super) fn runs(&self) -> Vec<ConfigWrite> {
-        let mut runs: Vec<ConfigWrite> = Vec::new();
-        for (&offset, &byte) in &self.0 {
-            match runs.last_mut() {
-                Some(run) if run.offset as usize + run.data.len() == offset as usize => run.data.push(byte),
-                _ => runs.push(ConfigWrite { offset, data: vec![byte] }),
-            }
-        }
-        runs
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn writes(&self) -> &[ConfigWrite] {
+        &self.0
     }
 }
 
@@ -74,17 +74,26 @@ impl Negotiated {
         Limit::new(self.peer.patience.deadline)
     }
 
-    /// Gives the daemon everything it needs, in the specification's order. What it has got of it so far is in `active` also
-    /// when this fails.
-    pub(super) fn start(&mut self, memory: &MemoryTable, active: &mut Active) -> Result<(), SessionError> {
+    /// Gives the daemon everything it needs, in the specification's order; what the driver wrote to config space goes after
+    /// the features, without which it may be refused, and before the first request. What the daemon has got of it so far is
+    /// in `active` also when this fails. `queues` is what the first daemon has: its record of requests in flight must do
+    /// for every successor.
+    pub(super) fn start(
+        &mut self,
+        memory: &MemoryTable,
+        active: &mut Active,
+        written: &mut Written,
+        queues: u16,
+    ) -> Result<(), SessionError> {
         let limit = self.limit();
         let resumes = active.begun;
         let protocol_features = if self.rings_start_disabled { virtio::PROTOCOL_FEATURES } else { 0 };
         let features = active.start.features | protocol_features;
         self.wire.tell(FrontendRequest::SetFeatures, &features, &[], limit)?;
+        self.give_written(written, limit)?;
         let files: Vec<_> = memory.regions().iter().map(|region| region.file.as_fd()).collect();
         self.wire.tell(FrontendRequest::SetMemTable, &memory.payload(), &files, limit)?;
-        self.share_inflight(active, limit)?;
+        self.share_inflight(active, queues, limit)?;
         active.begun = true;
         for ring in &active.start.rings {
             // What was in flight at the end of the last daemon comes out of the record, not out of the ring.
@@ -106,11 +115,24 @@ impl Negotiated {
         Ok(())
     }
 
+    /// What the daemon refuses although it knows the features is forgotten.
+    fn give_written(&mut self, written: &mut Written, limit: Limit) -> Result<(), SessionError> {
+        let mut next = 0;
+        while let Some(write) = written.0.get(next) {
+            if self.write_config(write, limit)? {
+                next += 1;
+            } else {
+                written.0.remove(next);
+            }
+        }
+        Ok(())
+    }
+
     /// A region that is there goes to the successor; a fresh start gets a fresh one.
-    fn share_inflight(&mut self, active: &mut Active, limit: Limit) -> Result<(), SessionError> {
+    fn share_inflight(&mut self, active: &mut Active, queues: u16, limit: Limit) -> Result<(), SessionError> {
         if !active.begun {
             let queue_size = active.start.rings.iter().map(|ring| ring.size).max().unwrap_or(0);
-            active.inflight = Inflight::obtain(&mut self.wire, self.offer.num_queues, queue_size, limit)?;
+            active.inflight = Inflight::obtain(&mut self.wire, queues, queue_size, limit)?;
         }
         match &active.inflight {
             Some(inflight) => inflight.give(&mut self.wire, limit),
@@ -179,19 +201,19 @@ impl Negotiated {
         }
     }
 
-    /// Passes a driver's write on; a daemon may refuse it.
-    pub(super) fn write_config(&mut self, write: ConfigWrite, limit: Limit) -> Result<(), SessionError> {
+    /// Passes a driver's write on; false if the daemon refuses it.
+    pub(super) fn write_config(&mut self, write: &ConfigWrite, limit: Limit) -> Result<bool, SessionError> {
         if !self.wire.has(protocol::CONFIG) {
-            return Ok(());
+            return Ok(false);
         }
-        let ConfigWrite { offset, data } = write;
-        let payload = Config { offset, flags: 0, data };
+        let offset = write.offset;
+        let payload = Config { offset, flags: 0, data: write.data.clone() };
         match self.wire.tell(FrontendRequest::SetConfig, &payload, &[], limit) {
             Err(SessionError::Refused { code, .. }) => {
                 tracing::debug!("device {}: config write at {offset} refused ({code})", self.peer.device);
-                Ok(())
+                Ok(false)
             }
-            result => result,
+            result => result.map(|()| true),
         }
     }
 

@@ -220,7 +220,13 @@ impl Worker {
         match session {
             Session::Negotiated(mut connection) => {
                 let mut active = Active::new(start);
-                match connection.start(&self.memory, &mut active) {
+                let result = connection
+                    .start(&self.memory, &mut active, &mut self.written, self.first.num_queues)
+                    .and_then(|()| match self.written.is_empty() {
+                        true => Ok(()),
+                        false => self.read_config(&mut connection),
+                    });
+                match result {
                     Ok(()) => {
                         self.observe(|observer| observer.started());
                         Session::Running(Running::new(connection, active))
@@ -293,9 +299,18 @@ impl Worker {
             if self.mailbox.must_stop() {
                 break;
             }
-            self.written.note(&write);
-            let (Some(connection), Some(limit)) = (session.connection(), limit) else { continue };
-            let result = connection.write_config(write, limit).and_then(|()| connection.config(limit));
+            let runs = matches!(session, Session::Running(_));
+            let (Some(connection), Some(limit)) = (session.connection(), limit) else {
+                self.written.note(write);
+                continue;
+            };
+            let accepted = connection.write_config(&write, limit);
+            // One that is refused before the start is for the start to repeat; one whose daemon is lost over it, for its
+            // successor.
+            if !runs || !matches!(accepted, Ok(false)) {
+                self.written.note(write);
+            }
+            let result = accepted.and_then(|_| connection.config(limit));
             let result = result.map(|config| {
                 if let Some(config) = config {
                     self.observe(|observer| observer.config(&config));

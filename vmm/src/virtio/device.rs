@@ -44,6 +44,8 @@ pub enum DeviceEvent {
     AttemptFailed { serial: u32, reason: String, absent: bool },
     /// What the lost daemon had cannot be done again safely: the device waits for a reset by its driver.
     NeedsReset { reason: String },
+    /// That reset is complete, whether or not a driver starts the device again.
+    Reset,
     /// The guest's driver asked for what cannot be; the device waits for a reset. Said once until the device runs or
     /// the machine is reset, however often the driver tries.
     Refused { reason: String },
@@ -78,6 +80,8 @@ struct State {
     resets: Vec<ResetToken>,
     /// A refusal has been said, and nothing has run since.
     refusal_said: bool,
+    /// [`DeviceEvent::NeedsReset`] was said, and no reset since.
+    failure_said: bool,
 }
 
 /// A virtio device behind a vhost-user session.
@@ -131,6 +135,7 @@ impl Device {
                 doorbells: None,
                 resets: Vec::new(),
                 refusal_said: false,
+                failure_said: false,
             }),
         });
         let observer: Weak<dyn Observer> = Arc::downgrade(&(Arc::clone(&device) as Arc<dyn Observer>));
@@ -344,8 +349,12 @@ impl Observer for Device {
         if !complete.is_empty() {
             self.msix.forget_pending();
         }
+        let mended = std::mem::take(&mut state.failure_said);
         drop(state);
         drop(complete);
+        if mended {
+            (self.events)(DeviceEvent::Reset);
+        }
     }
 
     /// The driver knows how long config space is; one of another length is cut or filled up with zeroes.
@@ -376,6 +385,7 @@ impl Observer for Device {
     fn needs_reset(&self, reason: CannotResume) {
         let mut state = self.lock();
         if state.registers.fail() {
+            state.failure_said = true;
             self.config_interrupt(&mut state);
             drop(state);
             (self.events)(DeviceEvent::NeedsReset { reason: reason.to_string() });

@@ -39,18 +39,20 @@ fn a_stop_takes_back_what_was_asked_for_before() {
 }
 
 #[test]
-fn config_writes_keep_their_place_before_or_after_the_start() {
+fn config_writes_before_the_start_are_repeated_once_the_features_are_known() {
     let fixture = session(slow_config_writes(SHORT));
     fixture.mailbox.write_config(0, &[1]);
     fixture.daemon.wait_for(Request::SetConfig, 1, |_| ());
-    fixture.mailbox.write_config(0, &[2]);
+    fixture.mailbox.write_config(1, &[2]);
     fixture.start();
     fixture.mailbox.write_config(0, &[3]);
-    fixture.daemon.wait_for(Request::SetConfig, 3, |_| ());
+    fixture.daemon.wait_for(Request::SetConfig, 5, |_| ());
     let mut order = fixture.daemon.requests();
-    order.retain(|request| matches!(request, Request::SetConfig | Request::SetFeatures));
+    order.retain(|request| {
+        matches!(request, Request::SetConfig | Request::SetFeatures | Request::SetMemTable)
+    });
     let write = Request::SetConfig;
-    assert_eq!(order, [write, write, Request::SetFeatures, write]);
+    assert_eq!(order, [write, write, Request::SetFeatures, write, write, Request::SetMemTable, write]);
 }
 
 #[test]

@@ -234,6 +234,7 @@ fn a_device_that_cannot_be_resumed_says_so_to_its_driver_and_to_people() {
     let (daemon, socket) = Daemon::pair(Script::default());
     f.device.reconnect(Successor { socket, serial: 1 });
     f.daemon = daemon;
+    assert!(matches!(f.event(), DeviceEvent::Reset));
     assert!(matches!(f.event(), DeviceEvent::Reconnected { replayed: 0, .. }));
     assert_eq!(f.event(), DeviceEvent::Running);
     assert_eq!(f.get(STATUS, 1), u64::from(DRIVER_OK));
