@@ -168,12 +168,14 @@ fn stopped(rig: &Rig) -> Outcome<()> {
         // As a shell's job: it gives the terminal back before it stops.
         signal(Signal::TSTP)?;
         echoes(ours, true)?;
+        is_stopped(child)?;
         signal(Signal::CONT)?;
         echoes(ours, false)?;
         // Without a word: then the shell sets the terminal as it likes, which we do for it.
         let mut cooked = rustix::termios::tcgetattr(ours).map_err(fail("tcgetattr"))?;
         cooked.local_modes |= LocalModes::ECHO;
         signal(Signal::STOP)?;
+        is_stopped(child)?;
         rustix::termios::tcsetattr(ours, OptionalActions::Now, &cooked).map_err(fail("tcsetattr"))?;
         signal(Signal::CONT)?;
         echoes(ours, false)?;
@@ -181,6 +183,19 @@ fn stopped(rig: &Rig) -> Outcome<()> {
         File::from(copy).write_all(b"\n").map_err(|error| error.to_string())?;
         type_and_quit(ours, child)
     })
+}
+
+/// A process gives its terminal back before it stops; whoever lets it go on in between does so in vain.
+fn is_stopped(child: &Child) -> Outcome<()> {
+    let deadline = Instant::now() + SOON;
+    let stat = format!("/proc/{}/stat", child.id());
+    while !fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") T ")) {
+        if Instant::now() > deadline {
+            return Err("the VMM does not stop".to_owned());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 fn quit_by_keys(ours: &OwnedFd, child: &mut Child) -> Outcome<()> {
