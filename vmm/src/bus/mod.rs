@@ -3,12 +3,14 @@
 //! Invariants: ranges never overlap; an access reaches a device only if all of it lies in that device's range; the
 //! lock is held to look up, never while a device works, so a device may change the bus it is on.
 
+mod caught;
 mod event;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
+pub use caught::Caught;
 pub use event::Event;
 
 /// A device that answers accesses to a range of addresses. vCPU threads call it at the same time.

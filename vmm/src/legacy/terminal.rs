@@ -11,9 +11,8 @@
 //!
 //! Invariant: in the background it is neither set nor read, since a process that did would be stopped.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
 use rustix::process::getpgrp;
@@ -22,7 +21,9 @@ use rustix::termios::{
     LocalModes, OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr,
 };
 use signal_hook::consts::{SIGCONT, SIGTSTP};
-use signal_hook::low_level::{emulate_default_handler, pipe};
+use signal_hook::low_level::emulate_default_handler;
+
+use crate::bus::Caught;
 
 /// How the terminal was, for whoever ends this process: the guard below, the panic hook (a panic aborts, and no
 /// destructor runs), or the sandbox.
@@ -31,8 +32,8 @@ static BEFORE: OnceLock<Termios> = OnceLock::new();
 /// Standard input that is a terminal: raw whenever it is ours, until this is dropped.
 pub struct Terminal {
     raw: Option<RawMode>,
-    stop: UnixStream,
-    resume: UnixStream,
+    stop: Caught,
+    resume: Caught,
 }
 
 impl Terminal {
@@ -41,12 +42,7 @@ impl Terminal {
         if !isatty(stdin()) {
             return Ok(None);
         }
-        let (stop, write) = UnixStream::pair()?;
-        pipe::register(SIGTSTP, write)?;
-        let (resume, write) = UnixStream::pair()?;
-        pipe::register(SIGCONT, write)?;
-        stop.set_nonblocking(true)?;
-        resume.set_nonblocking(true)?;
+        let (stop, resume) = (Caught::of(&[SIGTSTP])?, Caught::of(&[SIGCONT])?);
         Ok(Some(Self { raw: RawMode::set(), stop, resume }))
     }
 
@@ -62,28 +58,19 @@ impl Terminal {
 
     /// Does what a signal asked for, and looks whether the terminal has become ours.
     pub fn serve(&mut self) {
-        if drain(&mut self.stop) {
+        if self.stop.take() > 0 {
             self.raw = None;
             // The process stops in here, until somebody continues it.
             if let Err(error) = emulate_default_handler(SIGTSTP) {
                 tracing::debug!("SIGTSTP: {error}");
             }
         }
-        if drain(&mut self.resume) || self.raw.is_none() {
+        if self.resume.take() > 0 || self.raw.is_none() {
             // Whoever had the terminal meanwhile may have left it in any mode. The old guard goes first: it sets it too.
             drop(self.raw.take());
             self.raw = RawMode::set();
         }
     }
-}
-
-/// Whether anything was in it.
-fn drain(signals: &mut UnixStream) -> bool {
-    let mut any = false;
-    while signals.read(&mut [0; 16]).is_ok_and(|count| count > 0) {
-        any = true;
-    }
-    any
 }
 
 /// Raw mode, until this is dropped.

@@ -1,11 +1,11 @@
 //! The signals a person or a service manager sends, as file descriptors.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
-use signal_hook::low_level::pipe;
+
+use crate::bus::Caught;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
@@ -18,26 +18,18 @@ pub enum Request {
 }
 
 pub struct Signals {
-    terminate: UnixStream,
-    quit: UnixStream,
-    report: UnixStream,
+    terminate: Caught,
+    quit: Caught,
+    report: Caught,
 }
 
 impl Signals {
     pub fn catch() -> io::Result<Self> {
-        let (terminate, write) = UnixStream::pair()?;
-        pipe::register(SIGTERM, write)?;
-        let (quit, write) = UnixStream::pair()?;
-        for signal in [SIGINT, SIGQUIT] {
-            pipe::register(signal, write.try_clone()?)?;
-        }
-        pipe::register(SIGHUP, write)?;
-        let (report, write) = UnixStream::pair()?;
-        pipe::register(SIGUSR1, write)?;
-        for stream in [&terminate, &quit, &report] {
-            stream.set_nonblocking(true)?;
-        }
-        Ok(Self { terminate, quit, report })
+        Ok(Self {
+            terminate: Caught::of(&[SIGTERM])?,
+            quit: Caught::of(&[SIGINT, SIGQUIT, SIGHUP])?,
+            report: Caught::of(&[SIGUSR1])?,
+        })
     }
 
     pub fn fds(&self) -> [BorrowedFd<'_>; 3] {
@@ -46,17 +38,13 @@ impl Signals {
 
     /// The requests since the last call, each signal counted.
     pub fn take(&mut self) -> Vec<Request> {
-        let mut requests = Vec::new();
-        let mut bytes = [0; 16];
-        for (stream, request) in [
+        [
             (&mut self.terminate, Request::Terminate),
             (&mut self.quit, Request::Quit),
             (&mut self.report, Request::Report),
-        ] {
-            if let Ok(count) = stream.read(&mut bytes) {
-                requests.extend(std::iter::repeat_n(request, count));
-            }
-        }
-        requests
+        ]
+        .into_iter()
+        .flat_map(|(caught, request)| std::iter::repeat_n(request, caught.take()))
+        .collect()
     }
 }
