@@ -9,14 +9,15 @@ use cleave_common::virtio::DeviceType;
 use super::*;
 use crate::vring::{QueueIndex, Vring};
 
-/// A device without queues to speak of, whose config space grows.
+/// A device that leaves the serving of its queue to the test, and whose config space grows.
 #[derive(Default)]
-struct Growing {
+struct TestDevice {
     config: Vec<u8>,
     broken: bool,
+    vring: Rc<RefCell<Option<Vring>>>,
 }
 
-impl Device for Growing {
+impl Device for TestDevice {
     fn device_type(&self) -> DeviceType {
         DeviceType::BLOCK
     }
@@ -43,12 +44,13 @@ impl Device for Growing {
         Err("not writable".into())
     }
 
-    fn start_queue(&mut self, _: Vring) -> Result<(), Box<dyn Error + Send + Sync>> {
-        Err("no queue".into())
+    fn start_queue(&mut self, vring: Vring) -> Result<(), Box<dyn Error + Send + Sync>> {
+        *self.vring.borrow_mut() = Some(vring);
+        Ok(())
     }
 
     fn stop_queue(&mut self, _: QueueIndex) -> Option<Vring> {
-        None
+        self.vring.borrow_mut().take()
     }
 
     /// Twice it grows, then it stays as it is.
@@ -88,7 +90,7 @@ fn next_message(frontend: &UnixStream) -> Option<Header> {
 
 #[test]
 fn the_frontend_learns_of_each_change_of_config_space() {
-    let mut device = Growing::default();
+    let mut device = TestDevice::default();
     let features = protocol::BACKEND_REQ | protocol::CONFIG;
     let (mut session, frontend) = with_backend_channel(&mut device, features);
     assert_eq!(next_message(&frontend), None);
@@ -101,7 +103,7 @@ fn the_frontend_learns_of_each_change_of_config_space() {
 
 #[test]
 fn a_frontend_that_wants_no_config_space_is_not_told() {
-    let mut device = Growing::default();
+    let mut device = TestDevice::default();
     let (mut session, frontend) = with_backend_channel(&mut device, protocol::BACKEND_REQ);
     session.reload();
     assert_eq!(next_message(&frontend), None);
@@ -109,7 +111,7 @@ fn a_frontend_that_wants_no_config_space_is_not_told() {
 
 #[test]
 fn a_device_that_cannot_be_reloaded_stays_as_it_is() {
-    let mut device = Growing { broken: true, ..Growing::default() };
+    let mut device = TestDevice { broken: true, ..TestDevice::default() };
     let (mut session, frontend) = with_backend_channel(&mut device, protocol::BACKEND_REQ | protocol::CONFIG);
     session.reload();
     assert_eq!(next_message(&frontend), None);
@@ -132,54 +134,11 @@ fn a_backend_channel_is_a_socket() {
     assert!(BackendChannel::over(rustix::pipe::pipe().unwrap().0).is_none());
 }
 
-/// A device that leaves the serving of its queue to the test.
-#[derive(Default)]
-struct Leaving(Rc<RefCell<Option<Vring>>>);
-
-impl Device for Leaving {
-    fn device_type(&self) -> DeviceType {
-        DeviceType::BLOCK
-    }
-
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn num_queues(&self) -> u16 {
-        1
-    }
-
-    fn max_queue_size(&self) -> u16 {
-        16
-    }
-
-    fn ack_features(&mut self, _: u64) {}
-
-    fn config(&self) -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn write_config(&mut self, _: usize, _: &[u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
-        Err("not writable".into())
-    }
-
-    fn start_queue(&mut self, vring: Vring) -> Result<(), Box<dyn Error + Send + Sync>> {
-        *self.0.borrow_mut() = Some(vring);
-        Ok(())
-    }
-
-    fn stop_queue(&mut self, _: QueueIndex) -> Option<Vring> {
-        self.0.borrow_mut().take()
-    }
-
-    fn reset(&mut self) {}
-}
-
 #[test]
 fn what_a_device_leaves_unfinished_comes_again_with_the_next_start() {
     const USER: u64 = 1 << 32;
     let served = Rc::new(RefCell::new(None));
-    let mut device = Leaving(served.clone());
+    let mut device = TestDevice { vring: served.clone(), ..TestDevice::default() };
     let mut session = Session::new(&mut device);
     let memory = crate::shared::sealed_memfd("memory", 0x4000).unwrap();
     // The available ring at 0x1000: index 3, then heads 5, 6 and 7.

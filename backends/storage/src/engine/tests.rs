@@ -23,11 +23,11 @@ fn engine(cache: CacheMode, depth: u16) -> (tempfile::NamedTempFile, Engine) {
     (file, engine)
 }
 
-fn iovec(bytes: &mut [u8]) -> libc::iovec {
+pub(crate) fn iovec(bytes: &mut [u8]) -> libc::iovec {
     libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }
 
-fn done(engine: &mut Engine) -> (u16, io::Result<()>) {
+pub(crate) fn done(engine: &mut Engine) -> (u16, io::Result<()>) {
     loop {
         match engine.next_event() {
             Some(Event::Done { tag, result }) => return (tag, result),

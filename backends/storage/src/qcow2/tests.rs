@@ -11,8 +11,9 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::engine::tests::{done, iovec};
 use crate::image::{Image, ImageFormat, ImageOptions};
-use crate::{Engine, Event, Range, RangeOp, Transfer};
+use crate::{Engine, Range, RangeOp, Transfer};
 
 mod corrupt;
 mod crash;
@@ -84,20 +85,6 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
         state as u8
     };
     (0..len).map(next).collect()
-}
-
-fn iovec(bytes: &mut [u8]) -> libc::iovec {
-    libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
-}
-
-fn done(engine: &mut Engine) -> (u16, io::Result<()>) {
-    loop {
-        match engine.next_event() {
-            Some(Event::Done { tag, result }) => return (tag, result),
-            Some(other) => panic!("{other:?}"),
-            None => engine.wait().unwrap(),
-        }
-    }
 }
 
 fn write(engine: &mut Engine, offset: u64, bytes: &[u8], durable: bool) -> io::Result<()> {
