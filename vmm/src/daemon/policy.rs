@@ -8,8 +8,8 @@ use crate::config::Restart;
 
 /// The first restart is immediate; the pauses before those that follow double from this...
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
-/// ...to this...
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// ...to this: a guest waits for it, and one start a second costs a host next to nothing...
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// ...until a daemon lives this long.
 const LIVED: Duration = Duration::from_secs(1);
 
@@ -81,8 +81,8 @@ impl Restarts {
         }
         let pause = match self.streak {
             0 => Duration::ZERO,
-            // 2^9 times the first is beyond the longest.
-            streak => (FIRST_PAUSE * (1 << (streak - 1).min(9))).min(LONGEST_PAUSE),
+            // 2^7 times the first is beyond the longest.
+            streak => (FIRST_PAUSE * (1 << (streak - 1).min(7))).min(LONGEST_PAUSE),
         };
         self.streak = self.streak.saturating_add(1);
         Decision::Restart(pause)
@@ -113,7 +113,7 @@ mod tests {
             let Decision::Restart(pause) = restarts.after(killed(), SOON) else { panic!("it gives up") };
             pauses.push(pause.as_millis());
         }
-        assert_eq!(pauses, [0, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5000, 5000]);
+        assert_eq!(pauses, [0, 10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000, 1000]);
         assert_eq!(restarts.after(killed(), LIVED), Decision::Restart(Duration::ZERO), "it lived");
         assert_eq!(restarts.after(None, Duration::ZERO), Decision::Restart(FIRST_PAUSE));
         restarts.streak = u32::MAX;
