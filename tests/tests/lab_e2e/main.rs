@@ -42,9 +42,6 @@ const GROUPS: &[&str] =
 /// Of a lab machine: the largest guest has 4 GiB.
 const MEMORY: ByteSize = ByteSize(6 << 30);
 
-/// Skipped, and shown as skipped: sometimes the terminal is not raw again after SIGCONT, and why is not known yet.
-const UNSETTLED: &[&str] = &["uarts::a_stopped_vmm_gives_the_terminal_back_and_takes_it_again"];
-
 type Case = (&'static str, fn(&Rig) -> Outcome<()>);
 
 fn cases() -> Vec<Case> {
@@ -72,7 +69,6 @@ fn trials() -> Vec<Trial> {
                 })?;
                 Ok(())
             })
-            .with_ignored_flag(UNSETTLED.contains(&name))
         })
         .collect()
 }

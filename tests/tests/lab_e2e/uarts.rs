@@ -163,7 +163,7 @@ fn stopped(rig: &Rig) -> Outcome<()> {
         let signal = |signal| rustix::process::kill_process(pid, signal).map_err(fail("kill"));
         let copy = ours.try_clone().map_err(|error| error.to_string())?;
         rustix::io::ioctl_fionbio(&copy, true).map_err(|error| error.to_string())?;
-        read_until(&mut File::from(copy), "SHELL", BOOT)?;
+        read_until(&mut File::from(copy), PROMPT, BOOT)?;
         echoes(ours, false)?;
         // As a shell's job: it gives the terminal back before it stops.
         signal(Signal::TSTP)?;
@@ -202,9 +202,12 @@ fn quit_by_keys(ours: &OwnedFd, child: &mut Child) -> Outcome<()> {
     let copy = ours.try_clone().map_err(|error| error.to_string())?;
     rustix::io::ioctl_fionbio(&copy, true).map_err(|error| error.to_string())?;
     let mut console = File::from(copy);
-    read_until(&mut console, "SHELL", BOOT)?;
+    read_until(&mut console, PROMPT, BOOT)?;
     type_and_quit(ours, child)
 }
+
+/// Of the guest's shell. Before it is shown, Ctrl-C ends the shell, which is the guest's init.
+const PROMPT: &str = "/ # ";
 
 fn type_and_quit(ours: &OwnedFd, child: &mut Child) -> Outcome<()> {
     let mut console = File::from(ours.try_clone().map_err(|error| error.to_string())?);
