@@ -26,8 +26,8 @@ impl Machine {
             DeviceEvent::Lost { serial, reason } => {
                 tracing::warn!("device {name} is lost: {reason}; the machine goes on");
                 device.has_daemon = false;
-                // Why it failed says more than what followed from it.
-                if device.state != DeviceState::Failed {
+                // Why it failed says more than what followed from it, and so does how its daemon ended.
+                if device.state != DeviceState::Failed && !device.has_ended(serial) {
                     device.enter(DeviceState::Lost);
                     device.last_error = Some(reason);
                 }
@@ -82,7 +82,13 @@ impl Machine {
     fn hear_end(&mut self, Ended { slot, exit, decision }: Ended) {
         let device = self.health.device(slot);
         device.pid = None;
-        device.last_error = Some(exit.to_string());
+        device.has_daemon = false;
+        if device.state == DeviceState::Connected {
+            device.enter(DeviceState::Lost);
+        }
+        if device.state != DeviceState::Failed {
+            device.last_error = Some(exit.to_string());
+        }
         match decision {
             Decision::Restart(pause) if pause.is_zero() => tracing::warn!("{exit}; it is started again"),
             Decision::Restart(pause) => {

@@ -82,6 +82,12 @@ impl Health {
         }
     }
 
+    /// Whether its daemon of this serial, one of ours, is known to have ended: the machine may hear of that before the
+    /// session tells that its connection is closed.
+    pub fn has_ended(&self, serial: u32) -> bool {
+        self.socket.is_none() && (self.pid.is_none() || self.restarts != serial)
+    }
+
     /// Goes over to `state`; one that it is in already goes on.
     pub fn enter(&mut self, state: DeviceState) {
         if self.state != state {
@@ -194,6 +200,10 @@ mod tests {
         (device.needs_reset, device.has_daemon) = (true, true);
         device.mend();
         assert_eq!(device.state, DeviceState::Connected);
+        assert!(!device.has_ended(3), "whether a daemon that someone else runs has ended cannot be known");
+        (device.pid, device.socket) = (Some(7), None);
+        assert!(!device.has_ended(3) && device.has_ended(2));
+        (device.pid, device.socket) = (None, Some("/run/a".into()));
         device.needs_reset = true;
         device.give_up("no daemon listens");
         device.mend();
