@@ -67,8 +67,9 @@ fn outside(cli: &Cli) -> Result<()> {
         }
         let runs = if instruction_clock { 1 } else { cli.runs };
         let mut job = Job::new([this.as_os_str()]);
-        // Guests have one vCPU here; the other CPU is for the daemon and the VMM's other threads.
-        job.cpus = 2;
+        // Guests have one vCPU here; the other CPU is for the daemon and the VMM's other threads. Where instructions are
+        // counted all run in turns anyway.
+        job.cpus = if instruction_clock { 1 } else { 2 };
         job.command.extend(["--inside".into(), "--runs".into(), runs.to_string().into()]);
         if cli.bzimage {
             job.command.push("--bzimage".into());
