@@ -17,11 +17,14 @@ mod ring;
 mod transfer;
 mod watch;
 
+use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::Duration;
+
+use io_uring::types;
 
 use crate::image::{CacheMode, Image};
 use crate::qcow2::Mapped;
@@ -116,12 +119,13 @@ impl Token {
 impl Engine {
     /// Sets up I/O on `image` with up to `depth` requests at once. Call it on the thread that will use it.
     pub fn new(image: Arc<Image>, depth: u16) -> Result<Self, EngineError> {
-        let ring = Ring::new(depth, image.files()).map_err(|error| match error.raw_os_error() {
+        let ring = Ring::new(depth).map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM | libc::ENOSYS) => EngineError::Disabled,
             Some(libc::ENOMEM) => EngineError::Memory(error),
             _ => EngineError::Io(error),
         })?;
         let is_device = image.file().metadata()?.file_type().is_block_device();
+        let support = Support::new(fd_of(image.file()), is_device);
         let port = image.mapped().map(Mapped::port).transpose()?;
         let mut engine = Self {
             ring,
@@ -132,13 +136,13 @@ impl Engine {
             in_flight: 0,
             bounced: 0,
             park_when_full: false,
-            support: Support::new(is_device),
+            support,
             zeroes: Zeroes::default(),
             watches: Watches::default(),
         };
         engine.mapping = port.map(|port| {
             let watch = engine.watch(port.event_fd());
-            Mapping::new(port, watch)
+            Mapping::new(port, engine.image.files().map(fd_of).collect(), watch)
         });
         Ok(engine)
     }
@@ -377,6 +381,11 @@ impl Engine {
             CacheMode::Writeback | CacheMode::Writethrough => (1, 1),
         }
     }
+}
+
+/// How the kernel is told of a file of the image, which is open as long as the engine is there.
+fn fd_of(file: &File) -> types::Fd {
+    types::Fd(file.as_raw_fd())
 }
 
 /// The kernel may still write to the slots' memory: it does not outlive the engine unfinished.

@@ -159,7 +159,7 @@ impl Image {
         if self.mapped.is_some() { ImageFormat::Qcow2 } else { ImageFormat::Raw }
     }
 
-    /// All files of the image, its own first: what a ring registers.
+    /// All files of the image, its own first.
     pub(crate) fn files(&self) -> impl Iterator<Item = &File> {
         self.files.iter().map(|file| &file.file)
     }

@@ -19,7 +19,7 @@ pub enum LockError {
 }
 
 /// How long a lock without a visible owner is waited for. A process that was killed leaves its lock behind until the
-/// kernel has taken apart its io_uring, which happens after the process is gone.
+/// kernel has ended its requests, which happens after the process is gone.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Takes the lock for as long as `file` is open: shared to read, exclusive to write.

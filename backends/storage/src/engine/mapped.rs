@@ -13,7 +13,6 @@ use std::sync::Arc;
 use io_uring::{opcode, types};
 
 use super::range::{Range, RangeOp, Support};
-use super::ring::IMAGE;
 use super::transfer::{Direction, Progress, Slot, Target};
 use super::{Engine, Token, WatchId};
 use crate::qcow2::{Buffers, Place, Port, Work};
@@ -21,6 +20,8 @@ use crate::qcow2::{Buffers, Place, Port, Work};
 /// An engine's way to a mapped image.
 pub(super) struct Mapping {
     pub(super) port: Arc<Port>,
+    /// By the number that the port gives to each.
+    files: Vec<types::Fd>,
     /// The port's descriptor.
     pub(super) watch: WatchId,
     /// Requests that met a closed gate.
@@ -96,7 +97,7 @@ impl Engine {
             Step::Sync => {
                 // What a write held went with its last byte; the sync after it holds nothing.
                 self.bounced -= bounced;
-                opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build()
+                opcode::Fsync::new(self.support.image()).flags(types::FsyncFlags::DATASYNC).build()
             }
             Step::Wait => return,
             Step::Over(progress) => {
@@ -123,8 +124,8 @@ impl Engine {
 }
 
 impl Mapping {
-    pub(super) fn new(port: Arc<Port>, watch: WatchId) -> Self {
-        Self { port, watch, waiting: Vec::new(), pieces: Vec::new(), finished: Vec::new() }
+    pub(super) fn new(port: Arc<Port>, files: Vec<types::Fd>, watch: WatchId) -> Self {
+        Self { port, files, watch, waiting: Vec::new(), pieces: Vec::new(), finished: Vec::new() }
     }
 
     fn piece(&mut self, tag: u16) -> &mut Piece {
@@ -154,6 +155,7 @@ impl Mapping {
                     let durable = matches!(transfer.direction, Direction::Write { durable: true });
                     let sync = durable && !self.port.tables_are_durable();
                     *self.piece(tag) = if sync { Piece::InFileThenSync } else { Piece::InFile };
+                    let file = self.files[file as usize];
                     return Step::Submit(Target { file, offset, len: as_len(len) });
                 }
                 Ok(Place::Zeros { len }) => slot.fill_zeros(as_len(len)),

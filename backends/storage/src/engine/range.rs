@@ -13,7 +13,6 @@ use std::os::raw::c_int;
 
 use io_uring::{opcode, squeue, types};
 
-use super::ring::IMAGE;
 use super::transfer::{Progress, durability};
 use crate::bounce::{Bounce, PIECE};
 
@@ -51,22 +50,27 @@ enum Method {
     Nothing,
 }
 
-/// What the image's file is known not to support.
+/// The image's file, and what it is known not to support.
 #[derive(Debug)]
 pub(super) struct Support {
+    image: types::Fd,
     block_discard: bool,
     punch: bool,
     zero: bool,
 }
 
 impl Support {
-    pub(super) fn new(is_device: bool) -> Self {
-        Self { block_discard: is_device, punch: true, zero: true }
+    pub(super) fn new(image: types::Fd, is_device: bool) -> Self {
+        Self { image, block_discard: is_device, punch: true, zero: true }
     }
 
     #[cfg(test)]
-    pub(super) fn none() -> Self {
-        Self { block_discard: false, punch: false, zero: false }
+    pub(super) fn nothing(&mut self) {
+        (self.block_discard, self.punch, self.zero) = (false, false, false);
+    }
+
+    pub(super) fn image(&self) -> types::Fd {
+        self.image
     }
 
     fn has(&self, method: Method) -> bool {
@@ -125,22 +129,26 @@ impl RangeJob {
         let Some(Range { offset, len }) = self.ranges.get(self.first).copied() else {
             self.syncing = matches!(self.op, RangeOp::WriteZeroes { durable: true, .. });
             return match self.syncing {
-                true => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+                true => opcode::Fsync::new(support.image()).flags(types::FsyncFlags::DATASYNC).build(),
                 false => opcode::Nop::new().build(),
             };
         };
-        let fallocate = |mode: c_int| opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode).build();
+        let fallocate =
+            |mode: c_int| opcode::Fallocate::new(support.image(), len).offset(offset).mode(mode).build();
         match self.method {
             Method::BlockDiscard => {
                 let mut cmd = [0; 16];
                 cmd[..8].copy_from_slice(&len.to_ne_bytes());
-                opcode::UringCmd16::new(IMAGE, BLOCK_URING_CMD_DISCARD).addr(Some(offset)).cmd(cmd).build()
+                opcode::UringCmd16::new(support.image(), BLOCK_URING_CMD_DISCARD)
+                    .addr(Some(offset))
+                    .cmd(cmd)
+                    .build()
             }
             Method::Punch => fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE),
             Method::Zero => fallocate(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE),
             Method::Write => {
                 let durable = matches!(self.op, RangeOp::WriteZeroes { durable: true, .. });
-                opcode::Write::new(IMAGE, zeroes.as_ptr(), len.min(PIECE as u64) as u32)
+                opcode::Write::new(support.image(), zeroes.as_ptr(), len.min(PIECE as u64) as u32)
                     .offset(offset)
                     .rw_flags(durability(durable))
                     .build()

@@ -2,15 +2,10 @@
 #![expect(unsafe_code, reason = "the kernel is handed pointers into guest memory")]
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, squeue, types};
-
-/// The image among the ring's registered files.
-pub(super) const IMAGE: types::Fixed = types::Fixed(0);
 
 /// Most submissions that gather before the kernel is told.
 const MAX_SQ: u32 = 128;
@@ -24,11 +19,13 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// For up to `depth` requests at once on `files`, of which the first is the image.
-    pub(super) fn new<'f>(depth: u16, files: impl Iterator<Item = &'f File>) -> io::Result<Self> {
+    /// For up to `depth` requests at once.
+    ///
+    /// No files are registered with it. When a process is killed the kernel keeps those until it has taken the ring apart,
+    /// some 40 ms, and with an image the lock that a successor waits for. An open file that only its requests hold is let
+    /// go with the last of them, which is what the successor has to wait for.
+    pub(super) fn new(depth: u16) -> io::Result<Self> {
         let (uring, announces) = build(u32::from(depth))?;
-        let files: Vec<_> = files.map(AsRawFd::as_raw_fd).collect();
-        uring.submitter().register_files(&files)?;
         Ok(Self { uring, backlog: VecDeque::new(), announces })
     }
 

@@ -150,7 +150,7 @@ fn zeroed_ranges_read_as_zeroes_and_nothing_else_changes() {
             for cache in [CacheMode::None, CacheMode::Writeback] {
                 let (file, mut engine) = engine(cache, 8);
                 if unsupported {
-                    engine.support = Support::none();
+                    engine.support.nothing();
                 }
                 ranges(&mut engine, RangeOp::WriteZeroes { unmap, durable }, &RANGES).unwrap();
                 let mut on_disk = Vec::new();
@@ -175,7 +175,7 @@ fn a_discarded_range_gives_its_storage_back_and_the_rest_stays() {
     assert_eq!(on_disk.len(), LEN);
     assert!(on_disk[..4096] == content()[..4096] && on_disk[600 << 10..] == content()[600 << 10..]);
 
-    engine.support = Support::none();
+    engine.support.nothing();
     ranges(&mut engine, RangeOp::Discard, &[(0, 4096)]).unwrap();
     let mut first = vec![0; 4096];
     transfer(&mut engine, Transfer::read(0), &mut [&mut first]).unwrap();

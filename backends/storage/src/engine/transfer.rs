@@ -5,7 +5,6 @@ use std::io;
 use io_uring::{opcode, squeue, types};
 
 use super::range::{Range, RangeJob, RangeOp, Support, Zeroes};
-use super::ring::IMAGE;
 use crate::bounce::{Bounce, PIECE};
 
 /// What to move.
@@ -67,8 +66,7 @@ impl Progress {
 /// Where the next bytes of a request are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Target {
-    /// Among the ring's registered files.
-    pub(super) file: u32,
+    pub(super) file: types::Fd,
     /// Bytes from the file's start.
     pub(super) offset: u64,
     /// Bytes that are there.
@@ -139,10 +137,10 @@ impl Slot {
     pub(super) fn entry(&mut self, support: &Support, zeroes: &mut Zeroes) -> squeue::Entry {
         match &mut self.work {
             Work::Free => opcode::Nop::new().build(),
-            Work::Flush => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::Flush => opcode::Fsync::new(support.image()).flags(types::FsyncFlags::DATASYNC).build(),
             Work::Transfer(transfer) => {
                 let Transfer { direction, offset } = *transfer;
-                self.transfer_entry(direction, Target { file: 0, offset, len: self.remaining })
+                self.transfer_entry(direction, Target { file: support.image(), offset, len: self.remaining })
             }
             Work::Ranges(job) => job.entry(support, zeroes),
         }
@@ -152,7 +150,7 @@ impl Slot {
     pub(super) fn entry_at(&mut self, target: Target) -> squeue::Entry {
         match self.work {
             Work::Transfer(transfer) => self.transfer_entry(transfer.direction, target),
-            _ => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+            _ => opcode::Fsync::new(target.file).flags(types::FsyncFlags::DATASYNC).build(),
         }
     }
 
@@ -200,10 +198,9 @@ impl Slot {
             },
         };
         let len = u32::try_from(len).unwrap_or(MAX_LEN).min(MAX_LEN);
-        let file = types::Fixed(target.file);
         match direction {
-            Direction::Read => opcode::Read::new(file, base, len).offset(target.offset).build(),
-            Direction::Write { durable } => opcode::Write::new(file, base, len)
+            Direction::Read => opcode::Read::new(target.file, base, len).offset(target.offset).build(),
+            Direction::Write { durable } => opcode::Write::new(target.file, base, len)
                 .offset(target.offset)
                 .rw_flags(durability(durable))
                 .build(),
@@ -302,10 +299,11 @@ const MAX_LEN: u32 = 1 << 30;
 fn vectored(direction: Direction, buffers: &[libc::iovec], target: Target) -> squeue::Entry {
     // A chain is never longer than IOV_MAX.
     let count = buffers.len().min(libc::UIO_MAXIOV as usize) as u32;
-    let file = types::Fixed(target.file);
     match direction {
-        Direction::Read => opcode::Readv::new(file, buffers.as_ptr(), count).offset(target.offset).build(),
-        Direction::Write { durable } => opcode::Writev::new(file, buffers.as_ptr(), count)
+        Direction::Read => {
+            opcode::Readv::new(target.file, buffers.as_ptr(), count).offset(target.offset).build()
+        }
+        Direction::Write { durable } => opcode::Writev::new(target.file, buffers.as_ptr(), count)
             .offset(target.offset)
             .rw_flags(durability(durable))
             .build(),
