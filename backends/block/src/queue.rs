@@ -5,7 +5,7 @@
 //!                                                  `--the ring is broken--> broken --Stop--> draining
 //!
 //!   a turn:   fetch a few -> submit -> rest, if there is nothing more to fetch -> complete -> submit what is due
-//!   rest:     look for work (polling) -> ask for kicks -> sleep in the engine
+//!   rest:     look for work (polling) -> give way -> ask for kicks -> sleep in the engine
 //! ```
 //!
 //! Invariants: the thread waits in one place, [`Engine::wait`], for the disk, the kick and the session at once; a head is
@@ -14,9 +14,10 @@
 
 mod requests;
 mod waiting;
+mod way;
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
 use cleave_runtime::{Chain, Command, Inbox, RingError, Vring};
@@ -27,6 +28,7 @@ use crate::disk::{Disk, OnFull};
 use crate::polling::Polling;
 use requests::Pending;
 use waiting::Waiting;
+use way::Way;
 
 /// Most complaints about one guest's requests, from one start of the queue to its stop.
 const MAX_COMPLAINTS: u32 = 8;
@@ -44,7 +46,7 @@ struct Signals {
 pub(crate) fn serve(index: u16, mut engine: Engine, inbox: &Inbox, disk: &Disk) {
     let wake = engine.watch(inbox.wake_fd());
     let nudge = engine.watch(disk.nudge_fd(index));
-    let mut polling = Polling::new(disk.poll);
+    let mut polling = Polling::new(disk.poll.max(GLANCE));
     while let Some(command) = inbox.next() {
         if let Command::Start(vring) = command {
             engine.park_when_full(disk.on_full == OnFull::Pause);
@@ -55,10 +57,14 @@ pub(crate) fn serve(index: u16, mut engine: Engine, inbox: &Inbox, disk: &Disk) 
     }
 }
 
-/// Most requests fetched before they are handed to the disk and its completions looked at. An idle disk gets its first
-/// request alone and at once; the batches double while it gets busy. So it works on the first ones while the next are
-/// prepared, and the guest on the first completions.
-const MAX_BATCH: usize = 4;
+/// Most requests fetched before they are handed to the disk and its completions looked at. A disk gets its first request
+/// alone and at once; the batches double while the guest has more. So the disk works on the first ones while the next
+/// are prepared, and the guest on the first completions.
+const MAX_BATCH: usize = 8;
+
+/// How long a thread looks for work before it sleeps, where that pays, even if nobody asked for polling: about as long as
+/// falling asleep, being kicked and waking up keep the processors busy.
+const GLANCE: Duration = Duration::from_micros(3);
 
 struct Queue<'e> {
     vring: Vring,
@@ -69,6 +75,9 @@ struct Queue<'e> {
     /// By head.
     pending: Vec<Pending>,
     waiting: Waiting,
+    /// Requests to be fetched in the next turn.
+    batch: usize,
+    way: Way,
     /// The request being read.
     chain: Chain,
     buffers: Vec<libc::iovec>,
@@ -92,6 +101,8 @@ impl<'e> Queue<'e> {
             kick,
             pending,
             waiting,
+            batch: 1,
+            way: Way::new(),
             chain: Chain::default(),
             buffers: Vec::new(),
             kicks_wanted: true,
@@ -169,20 +180,30 @@ impl<'e> Queue<'e> {
         if std::mem::take(&mut self.kicks_wanted) {
             self.vring.disable_kicks()?;
         }
-        for _ in 0..self.engine.in_flight().clamp(1, MAX_BATCH) {
+        for _ in 0..self.batch {
             match self.vring.next_head()? {
-                Some(head) => self.begin(head)?,
+                Some(head) => {
+                    self.way.fetched();
+                    self.begin(head)?;
+                }
                 None => break,
             }
         }
         // What was answered at once; the rest of the turn may be a long sleep.
         self.vring.signal_used()?;
-        self.vring.has_available()
+        let more = self.vring.has_available()?;
+        self.batch = if more { (2 * self.batch).min(MAX_BATCH) } else { 1 };
+        Ok(more)
     }
 
     /// Hands over what has been fetched and waits for anything to happen: first with open eyes, if that has paid lately.
     fn rest(&mut self) -> io::Result<()> {
         if let Some(limit) = self.polling.next() {
+            self.engine.poll()?;
+            // What the kernel did at once says nothing about waiting.
+            if self.engine.has_events() {
+                return Ok(());
+            }
             let found = self.look(Instant::now() + limit)?;
             self.polling.looked(found);
             if found {
@@ -194,7 +215,6 @@ impl<'e> Queue<'e> {
 
     /// Looks for work until `end`. `true`: there is some.
     fn look(&mut self, end: Instant) -> io::Result<bool> {
-        self.engine.poll()?;
         loop {
             if self.engine.has_news() {
                 self.engine.poll()?;
@@ -218,6 +238,10 @@ impl<'e> Queue<'e> {
     /// Kicks are asked for only here, when there is nothing left to see.
     fn sleep(&mut self) -> io::Result<()> {
         if self.fetches() {
+            // While the disk works, it is the disk that is waited for.
+            if self.engine.in_flight() == 0 && self.way.give() && self.vring.has_available().unwrap_or(true) {
+                return Ok(());
+            }
             self.kicks_wanted = true;
             let enabled = self.vring.enable_kicks();
             if self.check(enabled).unwrap_or(true) {
