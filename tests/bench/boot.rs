@@ -40,7 +40,10 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match cleave_common::cli::read::<Cli>() {
+        Ok(cli) => cli,
+        Err(code) => return code.into(),
+    };
     let result = if cli.inside { inside(&cli) } else { outside(&cli) };
     match result {
         Ok(()) => ExitCode::SUCCESS,

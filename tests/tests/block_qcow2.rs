@@ -460,6 +460,10 @@ fn what_cannot_be_served_is_refused_in_one_line() {
     patch(&disk, 79, &[0]);
     patch(&disk, 35, &[1]);
     refused(&bench, "disk", &["encrypted"]);
+    bench.img("create -q -f qcow2 nothing 0");
+    refused(&bench, "nothing", &["qcow2 of the size 0", "qemu-img resize"]);
+    bench.file("empty", b"");
+    refused(&bench, "empty", &["is an empty file", "qemu-img create -f qcow2"]);
 }
 
 #[test]
@@ -467,7 +471,7 @@ fn backing_files_that_cannot_be_used_are_named() {
     let bench = Bench::new();
     bench.file("base", &[0; 65536]);
     bench.img("create -q -f qcow2 -u -b missing -F raw disk 1M");
-    refused(&bench, "disk", &["backing file of", "missing", "No such file"]);
+    refused(&bench, "disk", &["needs its backing file", "missing", "qemu-img rebase -u -b PATH -F FORMAT"]);
     bench.img("create -q -f qcow2 -u -b nbd:localhost:10809 -F raw disk 1M");
     refused(&bench, "disk", &["nbd:localhost:10809", "qemu-img rebase"]);
     bench.img("create -q -f qcow2 -u -b base -F raw disk 1M");

@@ -16,7 +16,6 @@ mod scratch;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use cleave_tests::driver::DriverError;
 
 use args::{Args, Command};
@@ -48,7 +47,10 @@ impl BenchError {
 type Result<T> = std::result::Result<T, BenchError>;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match cleave_common::cli::read::<Args>() {
+        Ok(args) => args,
+        Err(code) => return code.into(),
+    };
     let outcome = match &args.command {
         Some(Command::Conformance(args)) => conformance::run(args),
         Some(Command::Kill(args)) => kill::run(args),

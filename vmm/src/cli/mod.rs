@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
@@ -134,47 +133,10 @@ fn on_or_off(text: &str) -> Result<bool, String> {
 }
 
 impl Cli {
-    /// The command line, or what to end with: help is printed, a mistake is told in one line.
+    /// The command line, or what to end with.
     pub fn read() -> Result<Self, ExitCode> {
-        Self::try_parse().map_err(|error| match error.kind() {
-            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
-                Ok(()) => ExitCode::Success,
-                Err(error) => {
-                    eprintln!("cleave: cannot write to standard output: {error}");
-                    ExitCode::Internal
-                }
-            },
-            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                let _ = error.print();
-                ExitCode::Usage
-            }
-            _ => {
-                eprintln!("cleave: {}", one_line(&error));
-                ExitCode::Usage
-            }
-        })
+        cleave_common::cli::read()
     }
-}
-
-/// What clap says over several lines, without its repetition of the usage.
-fn one_line(error: &clap::Error) -> String {
-    let text = error.render().to_string();
-    let lines = text
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
-        .filter(|line| !line.is_empty())
-        .map(|line| line.strip_prefix("error: ").or_else(|| line.strip_prefix("tip: ")).unwrap_or(line));
-    let mut said = String::new();
-    for line in lines {
-        let between = match said.chars().last() {
-            None => "",
-            Some(':') => " ",
-            Some(_) => "; ",
-        };
-        said = said + between + line;
-    }
-    said + " (--help says more)"
 }
 
 impl RunArgs {

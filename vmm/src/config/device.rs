@@ -101,6 +101,11 @@ pub struct DeviceConfig {
     pub id: Option<String>,
 }
 
+impl DeviceConfig {
+    /// The index of a virtqueue has 8 bits in vhost-user.
+    pub const MAX_QUEUES: u16 = 256;
+}
+
 /// How long to wait for a daemon to come up before the machine is given up: `30s`, `2min`, `0s`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wait(pub Duration);

@@ -80,6 +80,10 @@ pub enum ConfigError {
     Memory(#[from] memory::MemoryConfigError),
     #[error("--disk {path}: queues={queues}: a disk has 1 to {max} queues", path = .path.display(), max = DiskConfig::MAX_QUEUES)]
     DiskQueues { path: PathBuf, queues: u16 },
+    #[error("--disk {path}: restart-limit={limit} says how often a daemon is started again, and restart=never that it never is: leave one of them out", path = .path.display())]
+    RestartLimit { path: PathBuf, limit: u32 },
+    #[error("--device {name}: queues={queues}: a device has 1 to {max} queues", max = DeviceConfig::MAX_QUEUES)]
+    DeviceQueues { name: String, queues: u16 },
     #[error("--disk {path}: throttle: {source}", path = .path.display())]
     DiskThrottle { path: PathBuf, source: ThrottleError },
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
@@ -150,6 +154,9 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         {
             return Err(ConfigError::DiskQueues { path: disk.path.clone(), queues });
         }
+        if let (Restart::Never, Some(limit)) = (disk.restart, disk.restart_limit) {
+            return Err(ConfigError::RestartLimit { path: disk.path.clone(), limit });
+        }
         let refused = |source| ConfigError::DiskThrottle { path: disk.path.clone(), source };
         disk.throttle.validate().map_err(refused)?;
         if disk.path.as_os_str().is_empty() {
@@ -174,8 +181,13 @@ fn check_devices(disks: &[DiskConfig], devices: &[DeviceConfig]) -> Result<(), C
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
-    for device in devices {
+    for (at, device) in devices.iter().enumerate() {
         check_socket("--device socket=", &device.socket)?;
+        if let Some(queues) = device.queues
+            && !(1..=DeviceConfig::MAX_QUEUES).contains(&queues)
+        {
+            return Err(ConfigError::DeviceQueues { name: device.name(at), queues });
+        }
     }
     let given = disks.iter().map(|disk| &disk.id).chain(devices.iter().map(|device| &device.id)).flatten();
     if let Some(bad) = given.clone().find(|id| !is_name(id)) {
