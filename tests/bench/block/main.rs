@@ -17,6 +17,7 @@ mod scratch;
 use std::process::ExitCode;
 
 use cleave_tests::driver::DriverError;
+use cleave_tests::interruption;
 
 use args::{Args, Command};
 
@@ -51,6 +52,9 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(code) => return code.into(),
     };
+    if let Err(error) = interruption::tidy_up() {
+        eprintln!("block-bench: an interruption will leave files behind: {error}");
+    }
     let outcome = match &args.command {
         Some(Command::Conformance(args)) => conformance::run(args),
         Some(Command::Kill(args)) => kill::run(args),
