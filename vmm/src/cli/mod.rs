@@ -94,13 +94,15 @@ pub struct RunArgs {
 
     /// Add a disk, served by a cleave-block that is started for it:
     /// PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
-    /// [,restart=always|on-failure|never][,restart-limit=N]
+    /// [,restart=always|on-failure|never][,restart-limit=N][,io-timeout=30s]
     /// [,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]
     ///
     /// PATH is an image file or a block device. queues= is the number of vCPUs, at most 4, unless given. cache=none
     /// bypasses the host's page cache; the default is writeback. A daemon that ends is started again, and what the guest
     /// had asked of it is done: always unless restart= says otherwise (on-failure: not after exit code 0), and without
-    /// end unless restart-limit= says how often. on-full=pause keeps writes that find no room on the host until there is
+    /// end unless restart-limit= says how often. A daemon that answers but completes no request of a queue for io-timeout=
+    /// is ended and started again, too; there is no such time unless given, for only you know how slow the disk may be.
+    /// on-full=pause keeps writes that find no room on the host until there is
     /// some. poll-us= lets the daemon look for work so long before it sleeps. cpus=0-1 are host CPUs for its queues.
     /// throttle.iops-total=, throttle.bps-write= and so on limit rates: 'cleave-block --help' lists the keys. A comma in a
     /// value is written twice.

@@ -16,7 +16,7 @@ use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
-pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart};
+pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig};
 pub use uart::UartConfig;
@@ -82,6 +82,8 @@ pub enum ConfigError {
     DiskQueues { path: PathBuf, queues: u16 },
     #[error("--disk {path}: restart-limit={limit} says how often a daemon is started again, and restart=never that it never is: leave one of them out", path = .path.display())]
     RestartLimit { path: PathBuf, limit: u32 },
+    #[error("--disk {path}: io-timeout=: {reason}", path = .path.display())]
+    IoTimeout { path: PathBuf, reason: &'static str },
     #[error("--device {name}: queues={queues}: a device has 1 to {max} queues", max = DeviceConfig::MAX_QUEUES)]
     DeviceQueues { name: String, queues: u16 },
     #[error("--disk {path}: throttle: {source}", path = .path.display())]
@@ -157,6 +159,7 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         if let (Restart::Never, Some(limit)) = (disk.restart, disk.restart_limit) {
             return Err(ConfigError::RestartLimit { path: disk.path.clone(), limit });
         }
+        check_io_timeout(disk)?;
         let refused = |source| ConfigError::DiskThrottle { path: disk.path.clone(), source };
         disk.throttle.validate().map_err(refused)?;
         if disk.path.as_os_str().is_empty() {
@@ -174,6 +177,20 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         }
     }
     Ok(())
+}
+
+/// A write that waits for room is no sign of a daemon that hangs.
+fn check_io_timeout(disk: &DiskConfig) -> Result<(), ConfigError> {
+    let Some(TimeSpan(timeout)) = disk.io_timeout else { return Ok(()) };
+    let refuse = |reason| Err(ConfigError::IoTimeout { path: disk.path.clone(), reason });
+    if timeout < DiskConfig::LEAST_IO_TIMEOUT {
+        return refuse("it is at least 1s, and better 30s: a disk that is only slow is to be left alone");
+    }
+    match (disk.on_full, disk.restart) {
+        (OnFull::Pause, _) => refuse("on-full=pause lets writes wait without end: leave one of them out"),
+        (_, Restart::Never) => refuse("it has the daemon started again, and restart=never forbids that"),
+        _ => Ok(()),
+    }
 }
 
 fn check_devices(disks: &[DiskConfig], devices: &[DeviceConfig]) -> Result<(), ConfigError> {

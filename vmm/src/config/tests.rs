@@ -182,6 +182,15 @@ fn devices_are_told_apart_and_fit_the_bus() {
     assert!(
         refusal(twice("a", "b,restart=never,restart-limit=3")).contains("--disk b: restart-limit=3 says")
     );
+    for (keys, reason) in [
+        ("io-timeout=500ms", "at least 1s"),
+        ("io-timeout=30s,on-full=pause", "leave one of them out"),
+        ("io-timeout=30s,restart=never", "restart=never forbids that"),
+    ] {
+        let said = refusal(twice("a", &format!("b,{keys}")));
+        assert!(said.starts_with("--disk b: io-timeout=: ") && said.contains(reason), "{said}");
+    }
+    assert!(twice("a", "b,io-timeout=30s,restart-limit=3").validate().is_ok());
     let device = options::parse("type=net,socket=/s,queues=0", None).unwrap();
     let said = refusal(Settings { device: vec![device], ..bootable() });
     assert!(said.contains("--device net0: queues=0: a device has 1 to 256 queues"), "{said}");

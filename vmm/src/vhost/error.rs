@@ -20,6 +20,8 @@ pub enum SessionError {
     Timeout { request: FrontendRequest, limit: Duration },
     #[error("the daemon did not answer within {} s, and its rings stand still", .0.as_secs_f64())]
     Hangs(Duration),
+    #[error("the daemon answers, but has completed nothing of queue {queue} for {} s (io-timeout=)", still.as_secs())]
+    CompletesNothing { queue: usize, still: Duration },
     #[error("the daemon closed the connection at {request}{}", who_closes(*request))]
     Closed { request: FrontendRequest },
     #[error("the daemon closed the connection")]
