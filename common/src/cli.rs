@@ -33,6 +33,14 @@ fn name<P: Parser>() -> String {
     P::command().get_name().to_owned()
 }
 
+/// What the standard library says of a text that is no number, and what a person says.
+const NUMBERS: [(&str, &str); 4] = [
+    ("invalid digit found in string", "a whole number is needed"),
+    ("cannot parse integer from empty string", "a whole number is needed"),
+    ("number too large to fit in target type", "the number is too large"),
+    ("number too small to fit in target type", "the number is too small"),
+];
+
 /// What clap says over several lines, without its repetition of the usage.
 pub fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
@@ -52,6 +60,9 @@ pub fn one_line(error: &clap::Error) -> String {
             Some(_) => "; ",
         };
         said = said + between + line;
+    }
+    for (theirs, ours) in NUMBERS {
+        said = said.replace(theirs, ours);
     }
     said + " (--help says more)"
 }
@@ -77,6 +88,14 @@ mod tests {
             said(&["x", "--blk-fil", "a"]),
             "unexpected argument '--blk-fil' found; a similar argument exists: '--blk-file' (--help says more)"
         );
-        assert!(said(&["x", "--queues", "many"]).starts_with("invalid value 'many' for '--queues <N>': "));
+        for (number, what) in
+            [("many", "a whole number is needed"), ("99999999999999999999", "the number is too large")]
+        {
+            let said = said(&["x", "--queues", number]);
+            assert!(
+                said.starts_with(&format!("invalid value '{number}' for '--queues <N>': {what}")),
+                "{said}"
+            );
+        }
     }
 }

@@ -23,7 +23,10 @@ const GUEST_MIB: u64 = 256;
 const LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Parser)]
-#[command(about = "Measures boots of the stock kernel: cleave beside QEMU's q35 in the same run")]
+#[command(
+    name = "boot-bench",
+    about = "Measures boots of the stock kernel: cleave beside QEMU's q35 in the same run"
+)]
 struct Cli {
     /// Measured boots of each VMM in real time, after one that is not measured
     #[arg(long, default_value_t = 5, value_name = "N")]

@@ -10,7 +10,7 @@ use cleave_tests::guest::{self, Debian};
 use cleave_tests::kernel::Kernel;
 
 #[derive(Parser)]
-#[command(version, about)]
+#[command(name = "guest-image", version, about)]
 struct Cli {
     /// What to make; the path of each is printed on a line of its own
     #[arg(required = true)]

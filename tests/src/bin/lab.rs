@@ -15,7 +15,7 @@ use cleave_tests::lab::{Disk, Job, Lab, Place};
 const TROUBLE: u8 = 125;
 
 #[derive(Parser)]
-#[command(version, about, after_help = AFTER_HELP)]
+#[command(name = "lab", version, about, after_help = AFTER_HELP)]
 struct Cli {
     #[command(subcommand)]
     command: What,
