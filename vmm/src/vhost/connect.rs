@@ -184,6 +184,7 @@ pub(super) fn open(path: &Path) -> Result<UnixStream, SessionError> {
         match errno {
             // The answer that a file of another kind gives, too: no daemon will ever listen on that.
             Errno::CONNREFUSED if is_no_socket(&path) => SessionError::NotASocket(path),
+            Errno::PROTOTYPE => SessionError::OtherKind(path),
             Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN => SessionError::NobodyListens { path, source },
             _ => SessionError::Connect { path, source },
         }
