@@ -3,6 +3,7 @@
 //! The VMM (`cleave`) and the device daemons (`cleave-*`) never depend on each other; they meet in this crate
 //! and on the vhost-user socket.
 
+pub mod cli;
 pub mod cpus;
 pub mod exit;
 pub mod logging;

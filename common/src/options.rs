@@ -33,12 +33,13 @@ pub fn parse<T: DeserializeOwned>(text: &str, positional: Option<&str>) -> Resul
         let (key, value) = match (word.split_once('='), positional) {
             // A path may itself hold an '=': only what looks like a key is one, and not what looks like a file name.
             (Some((key, value)), _)
-                if is_key(key) && !(at == 0 && positional.is_some() && key.contains('.')) =>
+                if (is_key(key) || (at > 0 || positional.is_none()) && is_nearly_a_key(key))
+                    && !(at == 0 && positional.is_some() && key.contains('.')) =>
             {
                 (key.to_owned(), Some(value.to_owned()))
             }
             (_, Some(key)) if at == 0 => (key.to_owned(), Some(word)),
-            _ if is_key(&word) => (word, None),
+            _ if is_nearly_a_key(&word) => (word, None),
             _ => return Err(OptionError(format!("'{word}' is not of the form key=value"))),
         };
         let bare = value.is_none();
@@ -154,6 +155,11 @@ fn is_key(word: &str) -> bool {
         !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
     };
     word.split('.').all(is_part)
+}
+
+/// A key in the spelling of other programs: it is refused, with the nearest one.
+fn is_nearly_a_key(word: &str) -> bool {
+    is_key(&word.to_ascii_lowercase().replace('_', "-"))
 }
 
 fn split_commas(text: &str) -> Vec<String> {
@@ -277,6 +283,7 @@ impl<'de> Deserializer<'de> for Value {
         deserialize_i8(); deserialize_i16(); deserialize_i32(); deserialize_i64();
         deserialize_any(); deserialize_bool();
         deserialize_enum(name: &'static str, variants: &'static [&'static str]);
+        deserialize_struct(name: &'static str, fields: &'static [&'static str]);
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
@@ -292,8 +299,8 @@ impl<'de> Deserializer<'de> for Value {
     }
 
     forward_to_deserialize_any! {
-        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map struct
-        identifier ignored_any
+        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map identifier
+        ignored_any
     }
 }
 
@@ -336,6 +343,19 @@ impl<'de> Deserializer<'de> for Word {
         visitor.visit_newtype_struct(self)
     }
 
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        _visitor: V,
+    ) -> Result<V::Value, OptionError> {
+        let (key, example) = (&self.key, fields.first().copied().unwrap_or("KEY"));
+        Err(OptionError(format!(
+            "'{key}' has no value but keys of its own: {key}.{example}=VALUE and so on; the keys are: {}",
+            fields.join(", ")
+        )))
+    }
+
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _name: &'static str,
@@ -349,8 +369,8 @@ impl<'de> Deserializer<'de> for Word {
     }
 
     forward_to_deserialize_any! {
-        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map struct
-        identifier ignored_any
+        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map identifier
+        ignored_any
     }
 }
 

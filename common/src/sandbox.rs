@@ -18,6 +18,7 @@ use std::sync::OnceLock;
 
 use libc::{c_int, c_void, siginfo_t};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use syscalls::Sysno;
 
 use crate::exit::ExitCode;
@@ -38,6 +39,19 @@ struct Reporter {
 /// just before the thread's filter is applied.
 pub fn name_thread(kind: &'static str) {
     KIND.set(kind);
+}
+
+/// Gives up the calling thread's capability to lock memory past its user's limit, if it has it. It is of use while I/O
+/// rings are set up, and nothing that serves a guest should have it.
+///
+/// # Errors
+/// When the system refuses.
+pub fn drop_memory_lock() -> io::Result<()> {
+    let mut sets = capabilities(None)?;
+    for set in [&mut sets.effective, &mut sets.permitted, &mut sets.inheritable] {
+        set.remove(CapabilitySet::IPC_LOCK);
+    }
+    Ok(set_capabilities(None, sets)?)
 }
 
 /// Reports violations of all filters of this process from now on. `before_end` runs in a signal handler, in the thread

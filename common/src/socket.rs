@@ -20,6 +20,10 @@ pub enum ListenError {
     InUse,
     #[error("it exists and is not a socket; it is left alone")]
     NotASocket,
+    #[error("a program has a socket of another kind there (datagram or seqpacket); it is left alone")]
+    OtherKind,
+    #[error("the path has {0} bytes, and that of a unix socket at most {MAX_PATH_LEN}")]
+    TooLong(usize),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -43,6 +47,10 @@ impl SocketFile {
 /// # Errors
 /// When somebody listens there, when it is no socket, and when the system refuses.
 pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
+    let length = path.as_os_str().len();
+    if length > MAX_PATH_LEN {
+        return Err(ListenError::TooLong(length));
+    }
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error.into()),
@@ -58,13 +66,14 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
 }
 
 /// Whether somebody listens on the socket at `path`. The probe does not wait for a full backlog.
-fn is_alive(path: &Path) -> io::Result<bool> {
+fn is_alive(path: &Path) -> Result<bool, ListenError> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    match connect(&probe, &SocketAddrUnix::new(path)?) {
+    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(io::Error::from)?;
+    match connect(&probe, &SocketAddrUnix::new(path).map_err(io::Error::from)?) {
         Ok(()) | Err(Errno::AGAIN) => Ok(true),
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
-        Err(errno) => Err(errno.into()),
+        Err(Errno::PROTOTYPE) => Err(ListenError::OtherKind),
+        Err(errno) => Err(io::Error::from(errno).into()),
     }
 }
 
@@ -109,5 +118,12 @@ mod tests {
         assert!(!path.exists());
         fs::write(&path, "text").unwrap();
         assert!(matches!(listen(&path), Err(ListenError::NotASocket)));
+
+        let datagrams = directory.path().join("b.sock");
+        let _other = std::os::unix::net::UnixDatagram::bind(&datagrams).unwrap();
+        assert!(matches!(listen(&datagrams), Err(ListenError::OtherKind)));
+        assert!(datagrams.exists());
+        let long = directory.path().join("x".repeat(MAX_PATH_LEN));
+        assert!(matches!(listen(&long), Err(ListenError::TooLong(length)) if length > MAX_PATH_LEN));
     }
 }

@@ -14,7 +14,12 @@ const MAX_RATE: u64 = 1_000_000_000_000_000;
 /// Rates are requests (`iops-`) or bytes (`bps-`) a second. `-max` is the rate of a burst; it may last `-max-length`
 /// seconds (1 unless given). With `iops-size`, a request of more bytes counts as several.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    default,
+    expecting = "a table of limits, as in { iops-total = 500 }"
+)]
 pub struct ThrottleConfig {
     pub iops_total: Option<u64>,
     pub iops_read: Option<u64>,

@@ -23,7 +23,10 @@ const GUEST_MIB: u64 = 256;
 const LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Parser)]
-#[command(about = "Measures boots of the stock kernel: cleave beside QEMU's q35 in the same run")]
+#[command(
+    name = "boot-bench",
+    about = "Measures boots of the stock kernel: cleave beside QEMU's q35 in the same run"
+)]
 struct Cli {
     /// Measured boots of each VMM in real time, after one that is not measured
     #[arg(long, default_value_t = 5, value_name = "N")]
@@ -40,7 +43,10 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match cleave_common::cli::read::<Cli>() {
+        Ok(cli) => cli,
+        Err(code) => return code.into(),
+    };
     let result = if cli.inside { inside(&cli) } else { outside(&cli) };
     match result {
         Ok(()) => ExitCode::SUCCESS,

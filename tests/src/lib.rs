@@ -10,6 +10,7 @@ pub mod debian;
 pub mod driver;
 pub mod error;
 pub mod guest;
+pub mod interruption;
 pub mod kernel;
 pub mod lab;
 pub mod peers;

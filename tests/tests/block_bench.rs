@@ -3,10 +3,13 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use cleave_tests::driver::BlockDriver;
 use common::{MIB, disk, pattern, start};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 fn bench(words: &[&str]) -> Output {
@@ -53,6 +56,42 @@ fn all_are_measured_in_turns_and_nothing_is_left_behind() {
     }
     assert!(peers[2]["of_fio"].as_f64().unwrap() > 0.0 && peers[2]["of_qsd"].as_f64().unwrap() > 0.0);
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+}
+
+/// How many daemons have their image in this directory.
+fn daemons_in(place: &std::path::Path) -> usize {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let words = processes.filter_map(|process| fs::read_to_string(process.path().join("cmdline")).ok());
+    let place = place.to_str().unwrap();
+    words.filter(|words| words.contains(place) && words.contains("cleave-block\0")).count()
+}
+
+#[test]
+fn an_interruption_leaves_nothing_behind() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let place = scratch();
+        let words = [
+            "--scratch",
+            place.path().to_str().unwrap(),
+            "--peers",
+            "cleave",
+            "--runtime",
+            "60",
+            "--size",
+            "16M",
+        ];
+        let mut bench = Command::new(env!("CARGO_BIN_EXE_block-bench")).args(words).spawn().unwrap();
+        while daemons_in(place.path()) == 0 {
+            assert!(bench.try_wait().unwrap().is_none(), "it ended by itself");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        kill_process(Pid::from_child(&bench), signal).unwrap();
+        assert_eq!(bench.wait().unwrap().signal(), Some(signal.as_raw()));
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+        while daemons_in(place.path()) != 0 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
 }
 
 #[test]
@@ -108,6 +147,10 @@ fn nothing_is_written_that_is_not_ours() {
 fn errors_say_what_is_wrong() {
     refused(&["--file", "/nowhere/disk.raw"], 1, "/nowhere/disk.raw: No such file");
     refused(&["--bs", "100"], 2, "a multiple of 512");
+    let place = scratch();
+    let misspelt = place.path().join("misspelt");
+    refused(&["--scratch", misspelt.to_str().unwrap()], 2, "misspelt is no directory");
+    assert!(!misspelt.exists());
     refused(&["conformance", "--only", "nonsense"], 2, "no check is called that; there are features");
     let dead = scratch().path().join("dead.sock");
     let output = bench(&["--socket", dead.to_str().unwrap()]);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use cleave_tests::driver::{BlockDriver, Buffer, Daemon, DriverError, IoStatus, RequestKind};
 use common::{MIB, Tmpfs, pattern, tmpfs};
+use rustix::process::Signal;
 
 const PIECE: u64 = MIB;
 const SECTORS: u64 = PIECE / 512;
@@ -142,7 +143,46 @@ fn a_stop_does_not_wait_for_room() {
     let done = completions(&mut driver, 8);
     let failed = done.iter().filter(|(_, status)| *status == IoStatus::IoErr).count();
     assert!((1..=5).contains(&failed), "{done:?}");
+    assert_eq!(
+        daemon.log().matches("and they fail, for the frontend keeps no record").count(),
+        1,
+        "{}",
+        daemon.log()
+    );
+    assert!(!daemon.log().contains("has room again"), "{}", daemon.log());
     // The disk serves again, with the same memory of what was lost: none.
     driver.reconnect(&daemon.socket).unwrap();
     assert_eq!(driver.read(0, 4096).unwrap(), (IoStatus::Ok, pattern(0, 4096)));
+}
+
+/// The frontend is gone, or will find that they are not done: an error would be an answer that nobody can take back.
+#[test]
+fn what_waits_for_room_when_the_session_ends_is_not_answered() {
+    for hang_up in [true, false] {
+        let (_place, mut daemon, mut driver) =
+            start_on_little_room(&["--on-full", "pause", "--num-queues", "2"]);
+        submit_writes(&mut driver, 0..8);
+        daemon.wait_for_log("the disk is full").unwrap();
+        if hang_up {
+            driver.frontend.channel.socket().shutdown(std::net::Shutdown::Both).unwrap();
+        } else {
+            daemon.signal(Signal::TERM).unwrap();
+            assert!(daemon.wait().unwrap().success());
+        }
+        daemon.wait_for_log("they are left undone").unwrap();
+        let mut done = Vec::new();
+        while let Some((head, _)) = driver.queues[0].pop_used(&driver.ram).unwrap() {
+            done.push(driver.status(0, head).unwrap());
+        }
+        assert!(
+            (3..8).contains(&done.len()) && done.iter().all(|status| *status == IoStatus::Ok),
+            "{done:?}"
+        );
+        assert!(!daemon.log().contains("has room again"), "{}", daemon.log());
+        assert!(!daemon.log().contains("the disk failed"), "{}", daemon.log());
+        if hang_up {
+            driver.reconnect(&daemon.socket).unwrap();
+            assert_eq!(driver.read(0, 4096).unwrap(), (IoStatus::Ok, pattern(0, 4096)));
+        }
+    }
 }

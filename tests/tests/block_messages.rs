@@ -191,6 +191,42 @@ fn no_messages_end_the_daemon() {
     assert_eq!(driver.read(0, 512).unwrap(), (IoStatus::Ok, pattern(0, 512)));
 }
 
+/// The same to a session whose rings run, with requests in them.
+#[test]
+fn no_messages_end_the_daemon_under_its_running_rings() {
+    let image = disk(MIB);
+    let daemon = start(&image, &["--num-queues", "2"]);
+    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) };
+    proptest!(config, |(messages in prop::collection::vec(hostile_message(), 1..12))| {
+        let mut driver = BlockDriver::connect(&daemon.socket, 2).unwrap();
+        let buffers: Vec<u64> = (0..8).map(|_| driver.ram.allocate(4096, 4096)).collect();
+        let deadline = Some(Instant::now() + PATIENCE);
+        for (at, (request, need_reply, body, fds)) in messages.into_iter().enumerate() {
+            let buffer = Buffer::to_write(buffers[at % buffers.len()], 4096);
+            driver.submit(at % 2, RequestKind::In, 0, &[buffer]).unwrap();
+            driver.queues[at % 2].kick_now().unwrap();
+            let flags = if need_reply { Flags::NEED_REPLY } else { Flags::REQUEST };
+            let fds = [event.as_fd(), driver.ram.fd(), event.as_fd()][..fds.min(3)].to_vec();
+            if driver.frontend.channel.send(request, flags, &body, &fds, deadline).is_err() {
+                break;
+            }
+        }
+        let _ = driver.frontend.channel.socket().shutdown(std::net::Shutdown::Write);
+        loop {
+            match driver.frontend.channel.recv(deadline) {
+                Ok(Some(_)) => {}
+                Ok(None) | Err(cleave_common::vhost_user::ChannelError::Disconnected) => break,
+                Err(error) => prop_assert!(false, "{error}"),
+            }
+        }
+    });
+    let mut driver = BlockDriver::connect(&daemon.socket, 2).unwrap();
+    assert_eq!(driver.read(0, 512).unwrap(), (IoStatus::Ok, pattern(0, 512)));
+    let memory = daemon.process().memory().unwrap();
+    assert!(memory < 32 * MIB, "{} KiB", memory >> 10);
+}
+
 #[test]
 fn no_bytes_end_the_daemon() {
     let image = disk(MIB);

@@ -4,13 +4,17 @@ mod common;
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 use std::time::Instant;
 
 use cleave_tests::cache::{Cache, target_directory};
-use cleave_tests::driver::{BlockDriver, Buffer, Daemon, DriverError, IoStatus, PATIENCE, RequestKind};
+use cleave_tests::driver::{
+    BlockDriver, Buffer, Daemon, DriverError, IoStatus, PATIENCE, RequestKind, binary,
+};
 use cleave_tests::tools::Tools;
+use command_fds::{CommandFdExt, FdMapping};
 use common::{MIB, pattern, tmpfs};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -460,6 +464,10 @@ fn what_cannot_be_served_is_refused_in_one_line() {
     patch(&disk, 79, &[0]);
     patch(&disk, 35, &[1]);
     refused(&bench, "disk", &["encrypted"]);
+    bench.img("create -q -f qcow2 nothing 0");
+    refused(&bench, "nothing", &["qcow2 of the size 0", "qemu-img resize"]);
+    bench.file("empty", b"");
+    refused(&bench, "empty", &["is an empty file", "qemu-img create -f qcow2"]);
 }
 
 #[test]
@@ -467,7 +475,7 @@ fn backing_files_that_cannot_be_used_are_named() {
     let bench = Bench::new();
     bench.file("base", &[0; 65536]);
     bench.img("create -q -f qcow2 -u -b missing -F raw disk 1M");
-    refused(&bench, "disk", &["backing file of", "missing", "No such file"]);
+    refused(&bench, "disk", &["needs its backing file", "missing", "qemu-img rebase -u -b PATH -F FORMAT"]);
     bench.img("create -q -f qcow2 -u -b nbd:localhost:10809 -F raw disk 1M");
     refused(&bench, "disk", &["nbd:localhost:10809", "qemu-img rebase"]);
     bench.img("create -q -f qcow2 -u -b base -F raw disk 1M");
@@ -483,4 +491,36 @@ fn backing_files_that_cannot_be_used_are_named() {
     bench.img("create -q -f qcow2 -u -b other -F qcow2 disk 1M");
     bench.img("create -q -f qcow2 -u -b disk -F qcow2 other 1M");
     refused(&bench, "disk", &["leads back"]);
+}
+
+/// Sizes in a header are what somebody wrote there: they cost no more memory than the largest image that can be served.
+#[test]
+fn a_header_at_its_limits_costs_bounded_memory() {
+    let bench = Bench::new();
+    bench.img("create -q -f qcow2 disk 64M");
+    bench.io("disk", "write 1M 64k");
+    let valid = fs::read(bench.path("disk")).unwrap();
+    let (mut served, mut refused) = (0, 0);
+    for at in (4..112).step_by(4) {
+        for word in [[0xff; 4], [0x7f, 0xff, 0xff, 0xff], [0, 0xff, 0xff, 0xff], [0, 0, 0x10, 0]] {
+            let mut bytes = valid.clone();
+            bytes[at..at + 4].copy_from_slice(&word);
+            bench.file("patched", &bytes);
+            // Without a frontend: it opens the image, says what is wrong, or ends because nobody is there.
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            drop(ours);
+            let mut command = Command::new("prlimit");
+            command.arg("--data=268435456").arg(binary("cleave-block").unwrap());
+            command.args(["--format", "qcow2", "--fd", "3", "--blk-file"]).arg(bench.path("patched"));
+            command.fd_mappings(vec![FdMapping { parent_fd: theirs.into(), child_fd: 3 }]).unwrap();
+            let output = command.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            match output.status.code() {
+                Some(0) => served += 1,
+                Some(2) if said.trim_end().lines().count() == 1 => refused += 1,
+                _ => panic!("{word:x?} at {at}: {}: {said}", output.status),
+            }
+        }
+    }
+    assert!(served > 10 && refused > 40, "{served} served, {refused} refused");
 }

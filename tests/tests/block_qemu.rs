@@ -146,6 +146,42 @@ fn qemu_survives_a_restart_of_the_daemon_under_writes() {
     vm.finish(Duration::from_secs(60)).unwrap();
 }
 
+/// The words of the command for QEMU in a text of ours, which ends with dots for what everybody has of their own.
+fn command_in(text: &str) -> Vec<String> {
+    let start = text.find("qemu-system-x86_64 ").expect("a command for QEMU");
+    let (command, _) = text[start..].split_once(" ...").expect("its end");
+    command.split_whitespace().skip(1).filter(|word| *word != "\\").map(str::to_owned).collect()
+}
+
+#[test]
+fn what_is_written_down_for_qemu_works_and_comes_back() {
+    let cache = Cache::open().unwrap();
+    let image = disk(MIB);
+    let ours = [
+        (include_str!("../../README.md"), "/run/disk.sock"),
+        (include_str!("../../backends/block/README.md"), "/run/vm/disk.sock"),
+    ];
+    for (text, socket) in ours {
+        let mut daemon = start(&image, &[]);
+        let directory = tempfile::tempdir().unwrap();
+        let initrd = directory.path().join("initrd");
+        let script = "echo READS; read go; dd if=/dev/vda bs=1M count=1 iflag=direct 2>/dev/null | md5sum";
+        guest::with_script(&guest::initramfs(&cache).unwrap(), script, &initrd).unwrap();
+        let mut command = Command::new(Tools::open(&cache).unwrap().qemu_path());
+        let words = command_in(text);
+        assert!(words.iter().any(|word| word.contains(socket)), "{words:?}");
+        command.args(words.iter().map(|word| word.replace(socket, daemon.socket.to_str().unwrap())));
+        command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+        command.arg("-kernel").arg(Kernel::of_guests(&cache).unwrap().bzimage()).arg("-initrd").arg(&initrd);
+        let mut vm = Vm::start(command.args(["-append", "console=ttyS0 panic=-1 quiet"])).unwrap();
+        vm.expect("READS", Duration::from_secs(120)).unwrap();
+        daemon.kill_and_restart().unwrap();
+        vm.send("go").unwrap();
+        vm.expect(&md5(&pattern(0, MIB as usize)), Duration::from_secs(60)).unwrap();
+        vm.finish(Duration::from_secs(60)).unwrap();
+    }
+}
+
 #[test]
 fn a_stock_kernel_sees_a_readonly_disk() {
     let cache = Cache::open().unwrap();

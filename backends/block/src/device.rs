@@ -8,7 +8,7 @@ use std::time::Duration;
 use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::virtio::DeviceType;
-use cleave_runtime::{Device, QueueIndex, QueueThread, Vring};
+use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
 use cleave_storage::{CacheMode, Engine, EngineError, Image, ImageError};
 
 use crate::config_space::{ConfigSpace, WRITEBACK, feature};
@@ -193,8 +193,8 @@ impl Device for Block {
         Ok(())
     }
 
-    fn stop_queue(&mut self, index: QueueIndex) -> Option<Vring> {
-        self.queue(index)?.stop()
+    fn stop_queue(&mut self, index: QueueIndex, stop: Stop) -> Option<Vring> {
+        self.queue(index)?.stop(stop)
     }
 
     fn reload(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
@@ -203,6 +203,10 @@ impl Device for Block {
         // What waits for room on the disk may have some by now.
         self.disk.nudge_all();
         Ok(changed?)
+    }
+
+    fn report(&self) -> String {
+        self.disk.report()
     }
 
     fn reset(&mut self) {

@@ -22,6 +22,19 @@ pub(crate) enum OnFull {
     Pause,
 }
 
+/// What became of a request that waited for room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Waited {
+    /// There was some.
+    Room,
+    /// It met another error.
+    Failed,
+    /// Its queue stopped, and it stays undone and unanswered.
+    Left,
+    /// Its queue stopped, and it had to be answered: with an error.
+    Stopped,
+}
+
 /// What the device and its queues' threads share.
 #[derive(Debug)]
 pub(crate) struct Disk {
@@ -38,8 +51,33 @@ pub(crate) struct Disk {
     /// Requests that wait for room.
     waiting_for_room: AtomicUsize,
     throttle: Option<(Instant, Mutex<Throttle>)>,
+    /// By queue.
+    counts: Vec<Counts>,
     /// By queue: its thread is to look after its requests that wait.
     nudges: Vec<OwnedFd>,
+}
+
+/// What one queue's thread has to do and has done. It alone writes here, so that no two threads' writes meet in a cache
+/// line.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub(crate) struct Counts {
+    on_disk: AtomicU64,
+    waiting: AtomicU64,
+    served: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) fn set(&self, on_disk: usize, waiting: usize, served: u64) {
+        let of = |count: usize| count as u64;
+        self.on_disk.store(of(on_disk), Ordering::Relaxed);
+        self.waiting.store(of(waiting), Ordering::Relaxed);
+        self.served.store(served, Ordering::Relaxed);
+    }
+
+    pub(crate) fn served(&self) -> u64 {
+        self.served.load(Ordering::Relaxed)
+    }
 }
 
 impl Disk {
@@ -62,8 +100,27 @@ impl Disk {
             poll,
             waiting_for_room: AtomicUsize::new(0),
             throttle: throttle.map(|throttle| (Instant::now(), Mutex::new(throttle))),
+            counts: (0..num_queues).map(|_| Counts::default()).collect(),
             nudges: (0..num_queues).map(nudge).collect::<Result<_, _>>()?,
         })
+    }
+
+    /// Where the thread of `queue` counts.
+    pub(crate) fn counts(&self, queue: u16) -> &Counts {
+        &self.counts[usize::from(queue)]
+    }
+
+    /// For a person.
+    pub(crate) fn report(&self) -> String {
+        let sum = |count: fn(&Counts) -> &AtomicU64| -> u64 {
+            self.counts.iter().map(|counts| count(counts).load(Ordering::Relaxed)).sum()
+        };
+        let (on_disk, waiting) = (sum(|counts| &counts.on_disk), sum(|counts| &counts.waiting));
+        format!(
+            "{} requests are in flight, {waiting} of them waiting for room or for a rate limit; {} were served",
+            on_disk + waiting,
+            sum(|counts| &counts.served)
+        )
     }
 
     pub(crate) fn limits(&self) -> Limits {
@@ -126,10 +183,20 @@ impl Disk {
         }
     }
 
-    /// It waits no more.
-    pub(crate) fn end_waiting_for_room(&self) {
-        if self.waiting_for_room.fetch_sub(1, Ordering::Relaxed) == 1 {
-            warn!("the disk has room again: no write waits any more");
+    /// It waits no more. What became of the last one is told: it says why none waits.
+    pub(crate) fn end_waiting_for_room(&self, waited: Waited) {
+        if self.waiting_for_room.fetch_sub(1, Ordering::Relaxed) != 1 {
+            return;
+        }
+        match waited {
+            Waited::Room => warn!("the disk has room again: no write waits any more"),
+            Waited::Failed => warn!("no write waits for room any more: the last one has failed"),
+            Waited::Left => warn!(
+                "no write waits for room any more: their queue has stopped, and they are left undone for whoever goes on"
+            ),
+            Waited::Stopped => warn!(
+                "no write waits for room any more: their queue has stopped, and they fail, for the frontend keeps no record of them (INFLIGHT_SHMFD)"
+            ),
         }
     }
 }

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use cleave_common::cli;
 use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
@@ -86,7 +87,7 @@ struct Args {
 
 const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 1 a bug, or the sandbox \
 stopped a system call; 2 command line or disk wrong; 3 the host lacks something (permission, lock, io_uring); 135 memory that the \
-frontend shares was cut off. SIGHUP looks at the disk again. CLEAVE_LOG=debug says more.";
+frontend shares was cut off. SIGHUP looks at the disk again, SIGUSR1 says how it is. CLEAVE_LOG=debug says more.";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
@@ -159,13 +160,19 @@ fn serial(text: &str) -> Result<String, String> {
 
 fn throttle_config(text: &str) -> Result<ThrottleConfig, String> {
     let config: ThrottleConfig = options::parse(text, None).map_err(|error| error.to_string())?;
+    if config == ThrottleConfig::default() {
+        return Err("nothing is limited: give a limit, as iops-total=500, or leave --throttle out".to_owned());
+    }
     config.validate().map_err(|error| error.to_string())?;
     Ok(config)
 }
 
 fn main() -> std::process::ExitCode {
-    let args = Args::parse();
     logging::init();
+    let args = match cli::read::<Args>() {
+        Ok(args) => args,
+        Err(code) => return code.into(),
+    };
     match run(args) {
         Ok(()) => ExitCode::Success.into(),
         Err(failure) => {

@@ -20,7 +20,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Inbox, RingError, Vring};
+use cleave_runtime::{Chain, Command, Inbox, RingError, Stop, Vring};
 use cleave_storage::{Engine, Event, WatchId};
 use tracing::{debug, error, warn};
 
@@ -84,8 +84,12 @@ struct Queue<'e> {
     /// The guest has been asked for kicks, or may think so.
     kicks_wanted: bool,
     stopping: bool,
+    /// What finds no room when the queue stops is left unanswered, and not failed.
+    leaving: bool,
     broken: bool,
     complaints: u32,
+    /// Requests answered, those of earlier vrings included.
+    served: u64,
 }
 
 impl<'e> Queue<'e> {
@@ -93,6 +97,7 @@ impl<'e> Queue<'e> {
         let kick = engine.watch(vring.kick_fd());
         let pending = vec![Pending::default(); usize::from(vring.size())];
         let waiting = Waiting::new(vring.index().0);
+        let served = disk.counts(vring.index().0).served();
         Self {
             vring,
             engine,
@@ -107,14 +112,21 @@ impl<'e> Queue<'e> {
             buffers: Vec::new(),
             kicks_wanted: true,
             stopping: false,
+            leaving: false,
             broken: false,
             complaints: 0,
+            served,
         }
     }
 
     fn run(mut self, inbox: &Inbox, signals: Signals) -> Vring {
         loop {
             let more = self.fetch();
+            self.disk.counts(self.vring.index().0).set(
+                self.engine.in_flight(),
+                self.waiting.len(),
+                self.served,
+            );
             if self.stopping && self.engine.in_flight() == 0 {
                 break;
             }
@@ -142,10 +154,11 @@ impl<'e> Queue<'e> {
                 Event::Full { tag, error } => self.found_full(tag, error),
                 Event::Readable(id) if id == self.kick => self.vring.start(),
                 Event::Readable(id) if id == signals.wake => {
-                    if matches!(inbox.try_next(), Some(Command::Stop)) {
+                    if let Some(Command::Stop(stop)) = inbox.try_next() {
                         self.stopping = true;
                         let remembered = self.vring.remembers_in_flight();
-                        self.waiting.submit_all(remembered, self.disk, self.engine);
+                        self.leaving = remembered || stop == Stop::SessionOver;
+                        self.waiting.end(remembered, self.leaving, self.disk, self.engine);
                     }
                 }
                 Event::Readable(id) if id == signals.nudge => nudged = true,

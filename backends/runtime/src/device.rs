@@ -14,6 +14,16 @@ use cleave_common::virtio::DeviceType;
 
 use crate::vring::{QueueIndex, Vring};
 
+/// Why a queue is stopped, and so what becomes of requests that cannot be completed now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The session goes on, and its frontend relies on it that nothing is left with the device: they are failed, unless
+    /// the vring remembers them ([`Vring::remembers_in_flight`]), for then they come again with the ring's next start.
+    Drain,
+    /// The session is over: they stay unanswered. The frontend is gone, or finds that they are not done.
+    SessionOver,
+}
+
 /// A virtio device behind a vhost-user socket. Called from the session's thread only; no call may wait for a guest.
 pub trait Device {
     /// For messages to a person.
@@ -47,9 +57,8 @@ pub trait Device {
     fn start_queue(&mut self, vring: Vring) -> Result<(), Box<dyn Error + Send + Sync>>;
 
     /// Fetches no more requests, completes those that it has, and gives the vring back. `None` if the queue is not running.
-    /// Requests that cannot be completed now may stay unfinished where the vring remembers them
-    /// ([`Vring::remembers_in_flight`]): they come again with the ring's next start. Elsewhere they are failed first.
-    fn stop_queue(&mut self, index: QueueIndex) -> Option<Vring>;
+    /// [`Stop`] says what becomes of those that cannot be completed now.
+    fn stop_queue(&mut self, index: QueueIndex, stop: Stop) -> Option<Vring>;
 
     /// SIGHUP: looks at what it serves again. `true` when config space has changed, of which the frontend is told. Queues
     /// may be running, and there may be no session.
@@ -59,6 +68,9 @@ pub trait Device {
     fn reload(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
         Ok(false)
     }
+
+    /// SIGUSR1: how it is, in one line for a person: what is in flight, what was served. Queues may be running.
+    fn report(&self) -> String;
 
     /// Back to the state before the first session. All queues are stopped.
     fn reset(&mut self);

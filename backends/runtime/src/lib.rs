@@ -19,7 +19,7 @@ mod socket;
 mod vring;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
-pub use device::Device;
+pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};
 pub use queue_thread::{Command, Inbox, QueueThread};
 pub use sandbox::{Confined, Sandbox, SandboxError, SandboxMode};

@@ -11,17 +11,18 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
-use cleave_common::sandbox::name_thread;
+use cleave_common::sandbox::{drop_memory_lock, name_thread};
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::device::Stop;
 use crate::vring::Vring;
 
 /// What the session wants of a queue thread.
 #[derive(Debug)]
 pub enum Command {
     Start(Vring),
-    /// Complete what has been fetched, then [`Inbox::give_back`] the vring.
-    Stop,
+    /// Complete what has been fetched, as far as [`Stop`] says, then [`Inbox::give_back`] the vring.
+    Stop(Stop),
 }
 
 /// The thread's end.
@@ -70,7 +71,8 @@ impl QueueThread {
     /// Runs `body` on a new thread called `name`. It is given its inbox, and serves until [`Inbox::next`] says `None`.
     ///
     /// # Errors
-    /// What `prepare` says, which runs on the new thread before this returns: for what belongs to the thread.
+    /// What `prepare` says, which runs on the new thread before this returns: for what belongs to the thread, its I/O rings
+    /// above all.
     pub fn spawn<S, E>(
         name: String,
         prepare: impl FnOnce() -> Result<S, E> + Send + 'static,
@@ -88,15 +90,17 @@ impl QueueThread {
         let (from_thread, vrings) = mpsc::channel();
         let (ready, prepared) = mpsc::channel();
         let inbox = Inbox { wake: wake.clone(), commands: to_thread, vrings: from_thread };
-        let thread = thread::Builder::new().name(name).stack_size(STACK).spawn(move || match prepare() {
-            Ok(state) => {
-                name_thread("queue");
-                let _ = ready.send(Ok(()));
-                drop(ready);
-                body(state, inbox);
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
+        let thread = thread::Builder::new().name(name).stack_size(STACK).spawn(move || {
+            match prepare().and_then(|state| Ok(drop_memory_lock().map(|()| state)?)) {
+                Ok(state) => {
+                    name_thread("queue");
+                    let _ = ready.send(Ok(()));
+                    drop(ready);
+                    body(state, inbox);
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
             }
         })?;
         prepared.recv().map_err(std::io::Error::other)??;
@@ -108,8 +112,8 @@ impl QueueThread {
     }
 
     /// Waits until the thread has drained its queue. `None` if it was not serving one.
-    pub fn stop(&mut self) -> Option<Vring> {
-        if !std::mem::take(&mut self.serving) || !self.command(Command::Stop) {
+    pub fn stop(&mut self, stop: Stop) -> Option<Vring> {
+        if !std::mem::take(&mut self.serving) || !self.command(Command::Stop(stop)) {
             return None;
         }
         self.vrings.recv().ok()
@@ -124,7 +128,7 @@ impl QueueThread {
 
 impl Drop for QueueThread {
     fn drop(&mut self) {
-        self.stop();
+        self.stop(Stop::SessionOver);
         self.commands = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

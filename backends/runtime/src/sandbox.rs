@@ -6,7 +6,8 @@
 //! ```
 //!
 //! In two steps, because Landlock and capabilities are a thread's own and its children's, so that they come before the
-//! first thread; the filter of system calls takes all threads at once, and leaves out what only starting needs.
+//! first thread; the filter of system calls takes all threads at once, and leaves out what only starting needs. One
+//! capability goes in the second step too, by each thread itself: that of locking memory, which sets up I/O rings.
 //! `run` asks for a [`Confined`], which only [`Sandbox::enter`] gives: no daemon serves without having decided.
 //!
 //! What a kernel lacks is said once and done without: an administrator who wants more has newer kernels.
@@ -18,7 +19,7 @@ mod seccomp;
 
 use clap::ValueEnum;
 use cleave_common::exit::Failure;
-use cleave_common::sandbox::report_violations;
+use cleave_common::sandbox::{drop_memory_lock, report_violations};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{debug, warn};
 
@@ -73,7 +74,7 @@ struct Allowed {
 /// The process is confined, but for system calls that only starting needs.
 #[derive(Debug)]
 pub struct Confined {
-    program: &'static str,
+    pub(crate) program: &'static str,
     /// What the device needs to serve; `None` when there is no sandbox.
     allowed: Option<Allowed>,
     pub(crate) text: Option<Text>,
@@ -92,7 +93,7 @@ impl Sandbox {
             return Ok(Confined { program: self.program, allowed: None, text });
         }
         raise_memlock_limit();
-        capabilities::drop_all().map_err(SandboxError::Capabilities)?;
+        capabilities::drop_most().map_err(SandboxError::Capabilities)?;
         if !landlock::restrict(endpoint.socket_file()).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");
         }
@@ -104,8 +105,8 @@ impl Sandbox {
     }
 }
 
-/// The kernel charges I/O rings to their user unless that one may lock any memory, which nobody may without capabilities:
-/// a few dozen daemons would fill the usual 8 MiB.
+/// The kernel charges I/O rings to their user unless that one may lock any memory: a few dozen daemons would fill the usual
+/// 8 MiB. Where there is no capability to do without the limit (see `capabilities`), it may be raised as far as it goes.
 fn raise_memlock_limit() {
     let unlimited = Rlimit { current: None, maximum: None };
     if setrlimit(Resource::Memlock, unlimited).is_ok() {
@@ -121,6 +122,7 @@ impl Confined {
     /// The second step, when all threads are there.
     pub(crate) fn filter_syscalls(&self) -> Result<(), SandboxError> {
         let Some(allowed) = &self.allowed else { return Ok(()) };
+        drop_memory_lock().map_err(SandboxError::Capabilities)?;
         report_violations(self.program, || {}).map_err(|error| SandboxError::Seccomp(error.into()))?;
         if seccomp::apply(&allowed.syscalls, allowed.ioctls).map_err(SandboxError::Seccomp)? {
             debug!("the sandbox is closed");

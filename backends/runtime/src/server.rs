@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use cleave_common::exit::Failure;
+use cleave_common::logging;
 use cleave_common::vhost_user::{Channel, ChannelError, Received};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -47,6 +48,19 @@ enum End {
     Frontend(Option<UnixStream>),
 }
 
+/// Whoever sends signals, and reads standard error.
+struct Administrator<'a> {
+    signals: &'a Signals,
+    program: &'static str,
+}
+
+impl Administrator<'_> {
+    /// On one line that names this process: there are often several, with one standard error.
+    fn tell(&self, report: &str) {
+        logging::print(&format!("{}[{}]: {report}", self.program, std::process::id()));
+    }
+}
+
 /// Serves `device` at `endpoint` until a signal asks it to end or, on an inherited connection, until its frontend goes.
 ///
 /// # Errors
@@ -63,9 +77,10 @@ pub fn run(
     if let Some(text) = &confined.text {
         text.drop_startup_code();
     }
+    let administrator = Administrator { signals, program: confined.program };
     match endpoint {
-        Endpoint::Connected(stream) => serve(device, stream, None, signals).map(|_| ()),
-        Endpoint::Listening(listener) => serve_all(device, &listener, signals),
+        Endpoint::Connected(stream) => serve(device, stream, None, &administrator).map(|_| ()),
+        Endpoint::Listening(listener) => serve_all(device, &listener, &administrator),
     }
 }
 
@@ -77,15 +92,19 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn serve_all(device: &mut dyn Device, listener: &Listener, signals: &Signals) -> Result<(), Failure> {
+fn serve_all(
+    device: &mut dyn Device,
+    listener: &Listener,
+    administrator: &Administrator<'_>,
+) -> Result<(), Failure> {
     let mut successor = None;
     loop {
         let next = match successor.take() {
             Some(stream) => Some(stream),
-            None => next_frontend(device, listener, signals)?,
+            None => next_frontend(device, listener, administrator)?,
         };
         let Some(stream) = next else { return Ok(()) };
-        match serve(device, stream, Some(listener), signals)? {
+        match serve(device, stream, Some(listener), administrator)? {
             End::Terminate => return Ok(()),
             End::Frontend(stream) => successor = stream,
         }
@@ -96,16 +115,19 @@ fn serve_all(device: &mut dyn Device, listener: &Listener, signals: &Signals) ->
 fn next_frontend(
     device: &mut dyn Device,
     listener: &Listener,
-    signals: &Signals,
+    administrator: &Administrator<'_>,
 ) -> Result<Option<UnixStream>, Failure> {
     let mut pause = None;
     loop {
         let knocking = Some(listener).filter(|_| pause.is_none());
-        match wait(signals, None, knocking, pause)? {
-            Event::Signal => match signals.take() {
+        match wait(administrator.signals, None, knocking, pause)? {
+            Event::Signal => match administrator.signals.take() {
                 Some(Asked::End) => return Ok(None),
                 Some(Asked::Reload) => {
                     reload(device);
+                }
+                Some(Asked::Report) => {
+                    administrator.tell(&format!("no frontend is connected; {}", device.report()));
                 }
                 None => {}
             },
@@ -149,7 +171,7 @@ fn serve(
     device: &mut dyn Device,
     stream: UnixStream,
     listener: Option<&Listener>,
-    signals: &Signals,
+    administrator: &Administrator<'_>,
 ) -> Result<End, Failure> {
     info!("a frontend connected");
     let mut channel = Channel::new(stream);
@@ -159,10 +181,12 @@ fn serve(
     loop {
         // While one waits, others stay in the backlog.
         let knocking = listener.filter(|_| second.is_none());
-        match wait(signals, Some(&channel), knocking, second.as_ref().map(|(_, until)| *until))? {
-            Event::Signal => match signals.take() {
+        match wait(administrator.signals, Some(&channel), knocking, second.as_ref().map(|(_, until)| *until))?
+        {
+            Event::Signal => match administrator.signals.take() {
                 Some(Asked::End) => return Ok(End::Terminate),
                 Some(Asked::Reload) => session.reload(),
+                Some(Asked::Report) => administrator.tell(&session.report()),
                 None => {}
             },
             Event::Knock => {

@@ -181,6 +181,16 @@ impl<'d> Session<'d> {
         }
     }
 
+    /// SIGUSR1.
+    pub(crate) fn report(&self) -> String {
+        let running = self.rings.iter().filter(|ring| ring.is_running()).count();
+        format!(
+            "a frontend is connected, {running} of {} queues run; {}",
+            self.rings.len(),
+            self.device.report()
+        )
+    }
+
     fn dispatch(&mut self, request: FrontendRequest, message: &mut Message) -> Result<Answer, Refusal> {
         use FrontendRequest as R;
         match request {
@@ -348,7 +358,7 @@ pub(crate) fn reload(device: &mut dyn Device) -> bool {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        self.pause_rings();
+        self.leave_rings();
     }
 }
 

@@ -19,6 +19,8 @@ pub(crate) enum Asked {
     End,
     /// SIGHUP: look at what is served again, it may have changed.
     Reload,
+    /// SIGUSR1: say how things are.
+    Report,
 }
 
 impl Signals {
@@ -28,7 +30,7 @@ impl Signals {
         // SAFETY: sigemptyset initialises `set`; all other calls take it initialised, and valid signal numbers.
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1] {
                 libc::sigaddset(set.as_mut_ptr(), signal);
             }
             let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
@@ -49,6 +51,7 @@ impl Signals {
         let mut info = [0; SIGINFO_LEN];
         match rustix::io::read(&self.0, &mut info) {
             Ok(SIGINFO_LEN) if info[..4] == libc::SIGHUP.to_ne_bytes() => Some(Asked::Reload),
+            Ok(SIGINFO_LEN) if info[..4] == libc::SIGUSR1.to_ne_bytes() => Some(Asked::Report),
             Ok(SIGINFO_LEN) => Some(Asked::End),
             _ => None,
         }

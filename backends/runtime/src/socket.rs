@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use cleave_common::exit::{ExitCode, Failure};
-use cleave_common::socket::{ListenError, SocketFile, listen};
+use cleave_common::socket::{ListenError, MAX_PATH_LEN, SocketFile, listen};
 use rustix::net::{AddressFamily, sockopt};
 
 /// Why there is no socket.
@@ -16,6 +16,12 @@ pub enum SocketError {
     InUse(PathBuf),
     #[error("{} exists and is not a socket: choose another --socket-path", .0.display())]
     NotASocket(PathBuf),
+    #[error("{} is another program's socket, of another kind (datagram or seqpacket): choose another --socket-path", .0.display())]
+    OtherKind(PathBuf),
+    #[error(
+        "--socket-path has {0} bytes, and the path of a unix socket at most {MAX_PATH_LEN}: choose a shorter one"
+    )]
+    TooLong(usize),
     #[error("cannot listen on {}", path.display())]
     Listen { path: PathBuf, source: io::Error },
     #[error("--fd={fd} is not an open unix stream socket")]
@@ -57,6 +63,8 @@ impl Listener {
         let (socket, file) = listen(path).map_err(|error| match error {
             ListenError::InUse => SocketError::InUse(path.to_owned()),
             ListenError::NotASocket => SocketError::NotASocket(path.to_owned()),
+            ListenError::OtherKind => SocketError::OtherKind(path.to_owned()),
+            ListenError::TooLong(length) => SocketError::TooLong(length),
             ListenError::Io(source) => SocketError::Listen { path: path.to_owned(), source },
         })?;
         Ok(Self { socket, file: Some(file) })

@@ -60,6 +60,8 @@ pub enum ImageError {
     Kind(PathBuf),
     #[error("disk {} is empty: give it a size, as with 'truncate -s 10G'", .0.display())]
     Empty(PathBuf),
+    #[error("disk {} is qcow2 of the size 0: give it one, as with 'qemu-img resize {} 10G'", .0.display(), .0.display())]
+    VirtuallyEmpty(PathBuf),
     #[error("disk {} has {len} bytes, which is not a multiple of {unit}: its last sector would be cut off; extend it to {} bytes with 'truncate'", path.display(), len.next_multiple_of(*unit))]
     Size { path: PathBuf, len: u64, unit: u64 },
     #[error("disk {} has {len} bytes, which is not a multiple of {unit}: resize it to {} bytes with 'qemu-img resize'", path.display(), len.next_multiple_of(*unit))]
@@ -80,6 +82,8 @@ pub enum ImageError {
     Reload(PathBuf),
     #[error("the backing file of {} cannot be used", image.display())]
     Backing { image: PathBuf, source: Box<ImageError> },
+    #[error("disk {0} needs its backing file {1}, which is not there: put it back, or say where it is now with 'qemu-img rebase -u -b PATH -F FORMAT {0}'", image.display(), path.display())]
+    BackingMissing { image: PathBuf, path: PathBuf },
     #[error("disk {} has the backing file '{name}', which is no plain path: give it one with 'qemu-img rebase -u -b PATH -F FORMAT'", image.display())]
     BackingName { image: PathBuf, name: String },
     #[error("disk {} does not say what format its backing file '{name}' has, and guessing is not safe: name it with 'qemu-img rebase -u -b {name} -F raw' (or -F qcow2)", image.display())]
@@ -228,6 +232,7 @@ fn size(file: &File) -> io::Result<u64> {
 fn check_size(path: &Path, len: u64, logical_block: u32, format: ImageFormat) -> Result<(), ImageError> {
     let unit = u64::from(logical_block);
     match len {
+        0 if format == ImageFormat::Qcow2 => Err(ImageError::VirtuallyEmpty(path.to_owned())),
         0 => Err(ImageError::Empty(path.to_owned())),
         len if !len.is_multiple_of(unit) && format == ImageFormat::Qcow2 => {
             Err(ImageError::VirtualSize { path: path.to_owned(), len, unit })

@@ -61,7 +61,7 @@ fn a_dot_leads_into_a_table() {
     assert_eq!(disk("a,limits.rate=7,limits.burst-size=4k"), Ok(expected));
     let from_file: Disk = toml::from_str("path = 'a'\nlimits.rate = 7\nlimits.burst-size = '4k'").unwrap();
     assert_eq!(disk("a,limits.rate=7,limits.burst-size=4k"), Ok(from_file));
-    for path in ["a.raw", "a.b=c"] {
+    for path in ["a.raw", "a.b=c", "A=c", "a_b=c"] {
         assert_eq!(disk(path).unwrap().path, PathBuf::from(path));
     }
 }
@@ -84,7 +84,10 @@ fn errors_name_the_key_and_the_nearest_word() {
         ("a,limits.rat=1", "limits: unknown key 'rat' (did you mean 'rate'?); the keys are: rate"),
         ("a,limits.rate=x", "limits.rate: 'x' is no valid number"),
         ("a,queues.x=1", "queues: "),
-        ("a,limits=1", "limits: "),
+        ("a,limits=1", "'limits' has no value but keys of its own: limits.rate=VALUE"),
+        ("a,page_size=4k", "unknown key 'page_size' (did you mean 'page-size'?)"),
+        ("a,readOnly", "unknown key 'readOnly' (did you mean 'readonly'?)"),
+        ("a,limits.burst_size=4k", "limits: unknown key 'burst_size' (did you mean 'burst-size'?)"),
         ("readonly=on", "'path=' is missing"),
         ("a,Über", "'Über' is not of the form key=value"),
     ] {

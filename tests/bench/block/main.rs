@@ -16,8 +16,8 @@ mod scratch;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use cleave_tests::driver::DriverError;
+use cleave_tests::interruption;
 
 use args::{Args, Command};
 
@@ -48,7 +48,13 @@ impl BenchError {
 type Result<T> = std::result::Result<T, BenchError>;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match cleave_common::cli::read::<Args>() {
+        Ok(args) => args,
+        Err(code) => return code.into(),
+    };
+    if let Err(error) = interruption::tidy_up() {
+        eprintln!("block-bench: an interruption will leave files behind: {error}");
+    }
     let outcome = match &args.command {
         Some(Command::Conformance(args)) => conformance::run(args),
         Some(Command::Kill(args)) => kill::run(args),

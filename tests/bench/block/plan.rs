@@ -171,7 +171,7 @@ const KINDS: [(Pattern, u64, u16, u16); 6] = [
 
 /// All rows of the project's table: raw on a disk and in memory, qcow2 on the disk.
 fn issue(args: &Measure) -> Result<(Vec<Bout>, Vec<tempfile::TempDir>)> {
-    let disk = args.disk.scratch.clone().unwrap_or_else(scratch::scratch_directory);
+    let disk = scratch::scratch_directory(&args.disk)?;
     let (mut bouts, mut made) = (Vec::new(), Vec::new());
     for (place, parent) in [("disk", &disk), ("memory", &args.tmpfs)] {
         let wanted: Vec<Bout> =

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cleave_tests::cache::Cache;
+use cleave_tests::interruption;
 use cleave_tests::tools::Tools;
 use rustix::fs::OFlags;
 
@@ -33,8 +34,7 @@ pub struct Prepared {
 /// There is none, it cannot be read, or it is not ours to write to.
 pub fn prepare(disk: &Disk, writes: bool) -> Result<Prepared> {
     let Some(path) = &disk.file else {
-        let parent = disk.scratch.clone().unwrap_or_else(scratch_directory);
-        let directory = directory_in(&parent)?;
+        let directory = directory_in(&scratch_directory(disk)?)?;
         let raw = make_raw(directory.path(), disk.size.bytes())?;
         let image = if disk.format == Format::Raw { raw } else { make_qcow2(&raw)? };
         return Ok(Prepared { image, _made: Some(directory) });
@@ -56,16 +56,29 @@ pub fn prepare(disk: &Disk, writes: bool) -> Result<Prepared> {
     Ok(Prepared { image, _made: None })
 }
 
-/// On the file system that holds the build.
-pub fn scratch_directory() -> PathBuf {
-    cleave_tests::cache::target_directory().join("tmp")
+/// Where files are made: where the person said, or on the file system that holds the build.
+pub fn scratch_directory(disk: &Disk) -> Result<PathBuf> {
+    if let Some(given) = &disk.scratch {
+        return Ok(given.clone());
+    }
+    let ours = cleave_tests::cache::target_directory().join("tmp");
+    fs::create_dir_all(&ours).map_err(BenchError::io(format!("create {}", ours.display())))?;
+    Ok(ours)
 }
 
-/// A directory that is removed with what is in it when it is dropped.
+/// A directory that is removed with what is in it when it is dropped, or when this program is interrupted.
 pub fn directory_in(parent: &Path) -> Result<tempfile::TempDir> {
-    fs::create_dir_all(parent).map_err(BenchError::io(format!("create {}", parent.display())))?;
+    if !parent.is_dir() {
+        let place = parent.display();
+        return Err(BenchError::Usage(format!(
+            "{place} is no directory: name one that is there, to make files in"
+        )));
+    }
     let what = format!("make a directory in {}", parent.display());
-    tempfile::Builder::new().prefix("block-bench.").tempdir_in(parent).map_err(BenchError::io(what))
+    let made = tempfile::Builder::new().prefix("block-bench.").tempdir_in(parent);
+    let made = made.map_err(BenchError::io(what))?;
+    interruption::removes(made.path());
+    Ok(made)
 }
 
 /// Written out, not sparse: reading a hole is no reading.

@@ -10,7 +10,7 @@ use cleave_tests::guest::{self, Debian};
 use cleave_tests::kernel::Kernel;
 
 #[derive(Parser)]
-#[command(version, about)]
+#[command(name = "guest-image", version, about)]
 struct Cli {
     /// What to make; the path of each is printed on a line of its own
     #[arg(required = true)]
@@ -45,8 +45,12 @@ fn make(cache: &Cache, what: What) -> Result<PathBuf> {
 }
 
 fn main() -> ExitCode {
+    let cli = match cleave_common::cli::read::<Cli>() {
+        Ok(cli) => cli,
+        Err(code) => return code.into(),
+    };
     let made = Cache::open().and_then(|cache| {
-        Cli::parse().what.into_iter().try_for_each(|what| {
+        cli.what.into_iter().try_for_each(|what| {
             println!("{}", make(&cache, what)?.display());
             Ok(())
         })

@@ -15,7 +15,7 @@ use cleave_tests::lab::{Disk, Job, Lab, Place};
 const TROUBLE: u8 = 125;
 
 #[derive(Parser)]
-#[command(version, about, after_help = AFTER_HELP)]
+#[command(name = "lab", version, about, after_help = AFTER_HELP)]
 struct Cli {
     #[command(subcommand)]
     command: What,
@@ -95,7 +95,12 @@ impl Wants {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse().command) {
+    let cli = match cleave_common::cli::read::<Cli>() {
+        Ok(cli) => cli,
+        Err(cleave_common::exit::ExitCode::Success) => return ExitCode::SUCCESS,
+        Err(_) => return ExitCode::from(TROUBLE),
+    };
+    match run(&cli.command) {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(TROUBLE)),
         Err(error) => {
             eprintln!("lab: {error}");

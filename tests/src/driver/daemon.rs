@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{DriverError, PATIENCE, Process, Result};
 use crate::cache::target_directory;
+use crate::interruption;
 
 /// The program `name`, from `$CLEAVE_BIN_DIR` or from where this test was built.
 ///
@@ -186,5 +187,8 @@ fn listens(socket: &Path) -> bool {
 fn socket_directory() -> Result<tempfile::TempDir> {
     let place = target_directory().join("tmp");
     fs::create_dir_all(&place).map_err(DriverError::io(format!("create {}", place.display())))?;
-    tempfile::Builder::new().prefix("d").tempdir().map_err(DriverError::io("create a directory"))
+    let directory = tempfile::Builder::new().prefix("d").tempdir();
+    let directory = directory.map_err(DriverError::io("create a directory"))?;
+    interruption::removes(directory.path());
+    Ok(directory)
 }

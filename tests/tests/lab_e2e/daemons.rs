@@ -1,5 +1,6 @@
 //! Daemons of others, daemons that die, daemons that misbehave: each costs at most its own device.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ pub const CASES: &[crate::Case] = &[
     ("daemons::a_killed_vmm_leaves_no_daemon", killed_vmm),
     ("daemons::a_daemon_that_comes_up_later_is_waited_for", later),
     ("daemons::qemu_storage_daemon_serves_a_disk", qemu_storage_daemon),
+    ("daemons::qemu_storage_daemon_is_killed_and_has_a_successor", qemu_storage_daemon_replaced),
     ("daemons::vhost_device_rng_feeds_hwrng", rng),
     ("daemons::a_daemon_that_falls_silent_costs_only_its_device", silent),
     ("daemons::a_daemon_that_stops_in_the_handshake_is_refused", stops_in_the_handshake),
@@ -99,7 +101,7 @@ fn killed_vmm(rig: &Rig) -> Outcome<()> {
 }
 
 /// A daemon started by hand at `socket`.
-fn block_daemon(rig: &Rig, socket: &std::path::Path, file: &std::path::Path) -> Outcome<Vm> {
+fn block_daemon(rig: &Rig, socket: &Path, file: &Path) -> Outcome<Vm> {
     let mut command = rig.program("cleave-block");
     command.arg("--socket-path").arg(socket).arg("--blk-file").arg(file);
     Vm::start(&mut command)
@@ -124,18 +126,63 @@ const WRITE_AND_READ: &str = "
     dd if=/tmp/data of=/dev/vda bs=64k 2>/dev/null; sync; echo 3 >/proc/sys/vm/drop_caches
     head -c 2097152 /dev/vda | cmp - /tmp/data && echo SAME";
 
-fn qemu_storage_daemon(rig: &Rig) -> Outcome<()> {
-    let (socket, disk) = (rig.path("qsd.sock"), rig.blank("disk", 4 << 20)?);
+fn start_qemu_storage_daemon(socket: &Path, disk: &Path) -> Outcome<Vm> {
     let mut command = Command::new("qemu-storage-daemon");
     command.arg("--blockdev").arg(format!("driver=file,node-name=f,filename={}", disk.display()));
     command.arg("--export").arg(format!(
         "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable=on,num-queues=2",
         socket.display()
     ));
-    let _daemon = Vm::start(&mut command)?;
-    appears(&socket)?;
+    let daemon = Vm::start(&mut command)?;
+    appears(socket)?;
+    Ok(daemon)
+}
+
+fn qemu_storage_daemon(rig: &Rig) -> Outcome<()> {
+    let (socket, disk) = (rig.path("qsd.sock"), rig.blank("disk", 4 << 20)?);
+    let _daemon = start_qemu_storage_daemon(&socket, &disk)?;
     let guest = rig.guest(WRITE_AND_READ)?.device("block", &socket).with(["--cpus", "2"]);
     says(&guest.finish()?.screen, "SAME")
+}
+
+/// It leaves its socket's file behind when it is killed, which its successor would not replace.
+fn replace_qemu_storage_daemon(daemon: Vm, socket: &Path, disk: &Path) -> Outcome<Vm> {
+    kill(daemon.pid())?;
+    daemon.wait(SOON)?;
+    std::fs::remove_file(socket).map_err(|error| format!("remove {}: {error}", socket.display()))?;
+    start_qemu_storage_daemon(socket, disk)
+}
+
+/// A daemon nobody here wrote, which keeps no record of what is in flight. Killed idle it has a successor as if nothing had
+/// happened; killed with a request that it may have served or not, it leaves a device that works after its next reset.
+fn qemu_storage_daemon_replaced(rig: &Rig) -> Outcome<()> {
+    let (socket, disk) = (rig.path("qsd.sock"), rig.blank("disk", 4 << 20)?);
+    let daemon = start_qemu_storage_daemon(&socket, &disk)?;
+    let mut vm = rig.shell().device("block", &socket).with(["--cpus", "2"]).start()?;
+    vm.expect("SHELL", BOOT)?;
+    let read = "dd if=/dev/vda of=/dev/null bs=4k count=16 iflag=direct && echo READ";
+    vm.send(&format!("{read}-$((1 * 7))."))?;
+    vm.expect("READ-7.", SOON)?;
+    let daemon = replace_qemu_storage_daemon(daemon, &socket, &disk)?;
+    vm.expect_error("block0 is back after", SOON)?;
+    vm.send(&format!("{read}-$((2 * 7))."))?;
+    vm.expect("READ-14.", SOON)?;
+    signal("-STOP", daemon.pid())?;
+    vm.send(&format!("({read}-$((3 * 7)).) &"))?;
+    alive(&mut vm, 1)?;
+    let daemon = replace_qemu_storage_daemon(daemon, &socket, &disk)?;
+    vm.expect_error("block0 needs a reset by the guest's driver: 1 requests were with the daemon", SOON)?;
+    vm.expect_error("block0 is back after", SOON)?;
+    vm.send("reboot -f")?;
+    vm.expect("SHELL", BOOT)?;
+    vm.send(&format!("{read}-$((4 * 7))."))?;
+    vm.expect("READ-28.", SOON)?;
+    signal("-USR1", vm.pid())?;
+    says(&vm.expect_error("qsd.sock", SOON)?, "block0  connected")?;
+    vm.send("poweroff -f")?;
+    vm.finish(DEADLINE)?;
+    drop(daemon);
+    nothing_left_behind()
 }
 
 fn rng(rig: &Rig) -> Outcome<()> {

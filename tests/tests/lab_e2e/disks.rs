@@ -1,8 +1,12 @@
 //! Disks served by `cleave-block`, seen from the guest and compared on the host.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
 
 use crate::rig::{Rig, says};
+use cleave_tests::driver::{BlockDriver, Daemon, IoStatus, RequestKind};
 use cleave_tests::vm::Outcome;
 
 pub const CASES: &[crate::Case] = &[
@@ -10,6 +14,7 @@ pub const CASES: &[crate::Case] = &[
     ("disks::every_queue_of_a_disk_works", every_queue),
     ("disks::a_readonly_disk_cannot_be_written", readonly),
     ("disks::cache_modes", cache_modes),
+    ("disks::what_is_discarded_of_a_block_device_is_given_back", discard_of_a_device),
 ];
 
 const MIB: usize = 1 << 20;
@@ -99,4 +104,94 @@ fn cache_modes(rig: &Rig) -> Outcome<()> {
     ["vda-SAME", "vdb-SAME", "vdc-SAME", "write through"]
         .iter()
         .try_for_each(|words| says(&exit.screen, words))
+}
+
+/// A file as a block device of the lab's machine, detached when it is dropped.
+struct Loop(String);
+
+impl Loop {
+    fn attach(file: &Path) -> Outcome<Self> {
+        run(Command::new("modprobe").arg("loop"))?;
+        let device = run(Command::new("losetup").args(["--find", "--show"]).arg(file))?;
+        Ok(Self(device.trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// Runs a program to its end and gives what it printed.
+fn run(command: &mut Command) -> Outcome<String> {
+    let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// On a device DISCARD and WRITE_ZEROES are ioctls of the host's or their io_uring commands, and not holes in a file. The
+/// loop device makes holes of them in the file below, where they can be seen.
+fn discard_of_a_device(rig: &Rig) -> Outcome<()> {
+    const SECTORS: u32 = 8 * MIB as u32 / 512;
+    for cache in ["writeback", "none"] {
+        let file = rig.write("below", &noise(8 * MIB))?;
+        let device = Loop::attach(&file)?;
+        let daemon = Daemon::start_other(&rig.daemon("cleave-block"), |socket| {
+            let socket = socket.display().to_string();
+            ["--socket-path", &socket, "--blk-file", &device.0, "--cache", cache].map(str::to_owned).to_vec()
+        });
+        let daemon = daemon.map_err(|error| error.to_string())?;
+        discard_in_parts(&daemon, &file, SECTORS).map_err(|error| format!("--cache {cache}: {error}"))?;
+    }
+    Ok(())
+}
+
+fn discard_in_parts(daemon: &Daemon, below: &Path, sectors: u32) -> Outcome<()> {
+    let told = |error: cleave_tests::driver::DriverError| error.to_string();
+    let allocated = || {
+        let meta = fs::metadata(below).map_err(|error| error.to_string())?;
+        Ok::<_, String>(meta.blocks() * 512)
+    };
+    let mut driver = BlockDriver::connect(&daemon.socket, 1).map_err(told)?;
+    let quarter = sectors / 4;
+    let parts = [
+        (RequestKind::Discard, 0),
+        // VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP.
+        (RequestKind::WriteZeroes, 1),
+        // Last: where the file system below cannot zero a range, as a tmpfs cannot, the kernel takes the device for one that
+        // can write no zeroes by itself from then on.
+        (RequestKind::WriteZeroes, 0),
+    ];
+    let whole = allocated()?;
+    for (at, (kind, flags)) in (0..).zip(parts) {
+        let start = u64::from(at * quarter);
+        let status = driver.deallocate(kind, &[(start, quarter, flags)]).map_err(told)?;
+        let (read, bytes) = driver.read(start, 1 << 20).map_err(told)?;
+        if (status, read) != (IoStatus::Ok, IoStatus::Ok) || bytes.iter().any(|byte| *byte != 0) {
+            return Err(format!(
+                "{kind:?} with flags {flags}: {status:?}, then {read:?} of what is not zeros"
+            ));
+        }
+    }
+    if driver.flush().map_err(told)? != IoStatus::Ok {
+        return Err("FLUSH failed".to_owned());
+    }
+    let (left, read) = (allocated()?, driver.read(u64::from(3 * quarter), 1 << 20).map_err(told)?);
+    let file = fs::read(below).map_err(|error| error.to_string())?;
+    let tail = 3 * quarter as usize * 512;
+    if read != (IoStatus::Ok, file[tail..tail + MIB].to_vec()) || file[tail..] != noise(8 * MIB)[tail..] {
+        return Err("what was not discarded has changed".to_owned());
+    }
+    if file[..tail].iter().any(|byte| *byte != 0) {
+        return Err("what was discarded is there still".to_owned());
+    }
+    // Two of the three quarters are holes; what becomes of the one to be kept allocated is the host's business.
+    let given_back = whole.saturating_sub(left);
+    if given_back < u64::from(2 * quarter) * 512 {
+        return Err(format!("only {given_back} of {whole} bytes were given back"));
+    }
+    Ok(())
 }

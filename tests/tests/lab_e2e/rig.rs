@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use cleave_tests::cache::Cache;
+use cleave_tests::cpio::Archive;
 use cleave_tests::error::Result;
 use cleave_tests::guest::{self, Debian};
 use cleave_tests::kernel::Kernel;
@@ -68,8 +69,13 @@ impl Rig {
         made.map(|()| path).map_err(|error| format!("create {name}: {error}"))
     }
 
+    /// One of our programs.
+    pub fn daemon(&self, name: &str) -> PathBuf {
+        self.bin.join(name)
+    }
+
     pub fn program(&self, name: &str) -> Command {
-        Command::new(self.bin.join(name))
+        Command::new(self.daemon(name))
     }
 
     pub fn cleave<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
@@ -89,6 +95,26 @@ impl Rig {
             words: Vec::new(),
             append: String::new(),
         })
+    }
+
+    /// The tiny guest with a shell on its console, and with what it takes to replace its kernel by the same one: `/kexec`
+    /// does that, `times` times one after the other.
+    pub fn shell_with_kexec(&self, times: u32) -> Outcome<Guest<'_>> {
+        let read = |path: &Path| fs::read(path).map_err(|error| format!("read {}: {error}", path.display()));
+        let (base, kernel) = (read(&self.initramfs)?, read(&self.bzimage)?);
+        let program = read(&self.bin.join("guest-kexec"))?;
+        let mut initrd = base.clone();
+        for _ in 0..times {
+            let mut archive = Archive::default();
+            archive.file("vmlinuz", &kernel);
+            archive.file("initrd", &initrd);
+            archive.file("guest-kexec", &program);
+            archive
+                .file("kexec", b"#!/bin/sh\nexec /guest-kexec /vmlinuz /initrd \"$(cat /proc/cmdline)\"\n");
+            initrd = [base.clone(), archive.finish()].concat();
+        }
+        let path = self.write("initrd", &initrd)?;
+        Ok(Guest { initrd: path, ..self.shell() })
     }
 
     /// The tiny guest with a shell on its console.

@@ -12,6 +12,7 @@ pub const CASES: &[crate::Case] = &[
     ("survival::fio_sees_nothing_of_50_kills_of_a_daemon_restarted_by_hand", by_hand),
     ("survival::a_stopped_daemon_is_found_and_replaced", stopped),
     ("survival::unbind_and_bind_with_and_without_the_daemon", unbind_and_bind),
+    ("survival::kexec_with_and_without_the_daemon", kexec),
     ("survival::reboot_with_and_without_the_daemon", reboot),
 ];
 
@@ -228,6 +229,30 @@ fn reboot(rig: &Rig) -> Outcome<()> {
     end(daemon)?;
     // With a request that nobody answers.
     vm.send("(dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null) & sleep 1; reboot -f")?;
+    vm.expect("INIT-REACHED", BOOT)?;
+    let daemon = start_daemon(rig, &socket, &disk, &[])?;
+    vm.expect("SHELL", BOOT)?;
+    reads(&mut vm, 3)?;
+    vm.send("poweroff -f")?;
+    vm.finish(SOON)?;
+    end(daemon)?;
+    nothing_left_behind()
+}
+
+/// The new kernel finds the device as the old one left it: running. Nobody has reset it, and no firmware has run.
+fn kexec(rig: &Rig) -> Outcome<()> {
+    let (socket, disk) = (rig.path("kexec.sock"), rig.blank("disk", 4 << 20)?);
+    let daemon = start_daemon(rig, &socket, &disk, &[])?;
+    let mut vm = rig.shell_with_kexec(2)?.device("block", &socket).with(["--cpus", "2"]).start()?;
+    vm.expect("SHELL", BOOT)?;
+    reads(&mut vm, 1)?;
+    vm.send("/kexec")?;
+    vm.expect("INIT-REACHED", BOOT)?;
+    vm.expect("SHELL", BOOT)?;
+    reads(&mut vm, 2)?;
+    end(daemon)?;
+    // With a request that nobody answers.
+    vm.send("(dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null) & sleep 1; /kexec")?;
     vm.expect("INIT-REACHED", BOOT)?;
     let daemon = start_daemon(rig, &socket, &disk, &[])?;
     vm.expect("SHELL", BOOT)?;

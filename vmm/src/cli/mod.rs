@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
@@ -95,13 +94,15 @@ pub struct RunArgs {
 
     /// Add a disk, served by a cleave-block that is started for it:
     /// PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=TEXT][,id=NAME]
-    /// [,restart=always|on-failure|never][,restart-limit=N]
+    /// [,restart=always|on-failure|never][,restart-limit=N][,io-timeout=30s]
     /// [,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]
     ///
     /// PATH is an image file or a block device. queues= is the number of vCPUs, at most 4, unless given. cache=none
     /// bypasses the host's page cache; the default is writeback. A daemon that ends is started again, and what the guest
     /// had asked of it is done: always unless restart= says otherwise (on-failure: not after exit code 0), and without
-    /// end unless restart-limit= says how often. on-full=pause keeps writes that find no room on the host until there is
+    /// end unless restart-limit= says how often. A daemon that answers but completes no request of a queue for io-timeout=
+    /// is ended and started again, too; there is no such time unless given, for only you know how slow the disk may be.
+    /// on-full=pause keeps writes that find no room on the host until there is
     /// some. poll-us= lets the daemon look for work so long before it sleeps. cpus=0-1 are host CPUs for its queues.
     /// throttle.iops-total=, throttle.bps-write= and so on limit rates: 'cleave-block --help' lists the keys. A comma in a
     /// value is written twice.
@@ -134,47 +135,10 @@ fn on_or_off(text: &str) -> Result<bool, String> {
 }
 
 impl Cli {
-    /// The command line, or what to end with: help is printed, a mistake is told in one line.
+    /// The command line, or what to end with.
     pub fn read() -> Result<Self, ExitCode> {
-        Self::try_parse().map_err(|error| match error.kind() {
-            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
-                Ok(()) => ExitCode::Success,
-                Err(error) => {
-                    eprintln!("cleave: cannot write to standard output: {error}");
-                    ExitCode::Internal
-                }
-            },
-            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                let _ = error.print();
-                ExitCode::Usage
-            }
-            _ => {
-                eprintln!("cleave: {}", one_line(&error));
-                ExitCode::Usage
-            }
-        })
+        cleave_common::cli::read()
     }
-}
-
-/// What clap says over several lines, without its repetition of the usage.
-fn one_line(error: &clap::Error) -> String {
-    let text = error.render().to_string();
-    let lines = text
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
-        .filter(|line| !line.is_empty())
-        .map(|line| line.strip_prefix("error: ").or_else(|| line.strip_prefix("tip: ")).unwrap_or(line));
-    let mut said = String::new();
-    for line in lines {
-        let between = match said.chars().last() {
-            None => "",
-            Some(':') => " ",
-            Some(_) => "; ",
-        };
-        said = said + between + line;
-    }
-    said + " (--help says more)"
 }
 
 impl RunArgs {

@@ -1,4 +1,5 @@
 use clap::CommandFactory;
+use cleave_common::cli::one_line;
 
 use super::*;
 
@@ -43,6 +44,15 @@ fn a_mistake_is_one_line_that_names_the_nearest_word() {
         (&["--uart", "file="], "'file=' needs a path: file=PATH"),
         (&["--uart", "unix"], "'unix' needs a path: unix=PATH"),
         (&["--sandbox", "maybe"], "it is on or off"),
+        (&["--disk", "x,on_full=pause"], "unknown key 'on_full' (did you mean 'on-full'?)"),
+        (
+            &["--disk", "x,throttle=5"],
+            "'throttle' has no value but keys of its own: throttle.iops-total=VALUE",
+        ),
+        (
+            &["--disk", "x,throttle.bps_total=5"],
+            "throttle: unknown key 'bps_total' (did you mean 'bps-total'?)",
+        ),
         (&["--device", "type=rng"], "'socket=' is missing"),
         (&["--device", "type=rgn,socket=x"], "did you mean 'rng'?"),
     ] {

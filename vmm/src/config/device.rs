@@ -12,7 +12,7 @@ use cleave_common::virtio::DeviceType;
 use serde::{Deserialize, Deserializer};
 
 /// `--disk PATH[,format=raw|qcow2][,readonly=on][,queues=N][,cache=none|writeback|writethrough][,serial=S][,id=ID]`, and
-/// `[,restart=always|on-failure|never][,restart-limit=N][,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]`.
+/// `[,restart=always|on-failure|never][,restart-limit=N][,io-timeout=30s][,on-full=error|pause][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
@@ -32,6 +32,8 @@ pub struct DiskConfig {
     pub restart: Restart,
     /// How often its daemon is started again at most, in the machine's life; without end if absent.
     pub restart_limit: Option<u32>,
+    /// A daemon that answers and completes no request of a queue for so long is ended and started again; none is if absent.
+    pub io_timeout: Option<TimeSpan>,
     #[serde(default)]
     pub on_full: OnFull,
     /// How long the daemon may look for work before it sleeps, in microseconds; it does not look if absent.
@@ -45,6 +47,8 @@ pub struct DiskConfig {
 impl DiskConfig {
     pub const MAX_QUEUES: u16 = 64;
     pub const DEFAULT_QUEUES: u16 = 4;
+    /// A healthy disk may well take less time than this to come back from its own recovery.
+    pub const LEAST_IO_TIMEOUT: Duration = Duration::from_secs(1);
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -94,24 +98,30 @@ pub enum CacheMode {
 pub struct DeviceConfig {
     pub r#type: DeviceType,
     pub socket: PathBuf,
-    #[serde(default)]
-    pub wait: Wait,
+    #[serde(default = "DeviceConfig::default_wait")]
+    pub wait: TimeSpan,
     /// Virtqueues, for a daemon that cannot say how many it has (no VHOST_USER_PROTOCOL_F_MQ).
     pub queues: Option<u16>,
     pub id: Option<String>,
 }
 
-/// How long to wait for a daemon to come up before the machine is given up: `30s`, `2min`, `0s`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wait(pub Duration);
+impl DeviceConfig {
+    /// The index of a virtqueue has 8 bits in vhost-user.
+    pub const MAX_QUEUES: u16 = 256;
+}
 
-impl Default for Wait {
-    fn default() -> Self {
-        Self(Duration::from_secs(30))
+impl DeviceConfig {
+    /// How long to wait for a daemon to come up before the machine is given up.
+    fn default_wait() -> TimeSpan {
+        TimeSpan(Duration::from_secs(30))
     }
 }
 
-impl FromStr for Wait {
+/// A time as people write it: `30s`, `2min`, `0s`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimeSpan(pub Duration);
+
+impl FromStr for TimeSpan {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -122,7 +132,7 @@ impl FromStr for Wait {
     }
 }
 
-impl<'de> Deserialize<'de> for Wait {
+impl<'de> Deserialize<'de> for TimeSpan {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         options::from_word(deserializer)
     }

@@ -16,7 +16,7 @@ use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
-pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart};
+pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig};
 pub use uart::UartConfig;
@@ -80,6 +80,12 @@ pub enum ConfigError {
     Memory(#[from] memory::MemoryConfigError),
     #[error("--disk {path}: queues={queues}: a disk has 1 to {max} queues", path = .path.display(), max = DiskConfig::MAX_QUEUES)]
     DiskQueues { path: PathBuf, queues: u16 },
+    #[error("--disk {path}: restart-limit={limit} says how often a daemon is started again, and restart=never that it never is: leave one of them out", path = .path.display())]
+    RestartLimit { path: PathBuf, limit: u32 },
+    #[error("--disk {path}: io-timeout=: {reason}", path = .path.display())]
+    IoTimeout { path: PathBuf, reason: &'static str },
+    #[error("--device {name}: queues={queues}: a device has 1 to {max} queues", max = DeviceConfig::MAX_QUEUES)]
+    DeviceQueues { name: String, queues: u16 },
     #[error("--disk {path}: throttle: {source}", path = .path.display())]
     DiskThrottle { path: PathBuf, source: ThrottleError },
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
@@ -150,6 +156,10 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         {
             return Err(ConfigError::DiskQueues { path: disk.path.clone(), queues });
         }
+        if let (Restart::Never, Some(limit)) = (disk.restart, disk.restart_limit) {
+            return Err(ConfigError::RestartLimit { path: disk.path.clone(), limit });
+        }
+        check_io_timeout(disk)?;
         let refused = |source| ConfigError::DiskThrottle { path: disk.path.clone(), source };
         disk.throttle.validate().map_err(refused)?;
         if disk.path.as_os_str().is_empty() {
@@ -169,13 +179,32 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// A write that waits for room is no sign of a daemon that hangs.
+fn check_io_timeout(disk: &DiskConfig) -> Result<(), ConfigError> {
+    let Some(TimeSpan(timeout)) = disk.io_timeout else { return Ok(()) };
+    let refuse = |reason| Err(ConfigError::IoTimeout { path: disk.path.clone(), reason });
+    if timeout < DiskConfig::LEAST_IO_TIMEOUT {
+        return refuse("it is at least 1s, and better 30s: a disk that is only slow is to be left alone");
+    }
+    match (disk.on_full, disk.restart) {
+        (OnFull::Pause, _) => refuse("on-full=pause lets writes wait without end: leave one of them out"),
+        (_, Restart::Never) => refuse("it has the daemon started again, and restart=never forbids that"),
+        _ => Ok(()),
+    }
+}
+
 fn check_devices(disks: &[DiskConfig], devices: &[DeviceConfig]) -> Result<(), ConfigError> {
     let count = disks.len() + devices.len();
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
-    for device in devices {
+    for (at, device) in devices.iter().enumerate() {
         check_socket("--device socket=", &device.socket)?;
+        if let Some(queues) = device.queues
+            && !(1..=DeviceConfig::MAX_QUEUES).contains(&queues)
+        {
+            return Err(ConfigError::DeviceQueues { name: device.name(at), queues });
+        }
     }
     let given = disks.iter().map(|disk| &disk.id).chain(devices.iter().map(|device| &device.id)).flatten();
     if let Some(bad) = given.clone().find(|id| !is_name(id)) {

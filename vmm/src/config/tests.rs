@@ -135,6 +135,9 @@ fn a_disk_says_whether_its_daemon_is_started_again() {
     assert_eq!((limited.restart, limited.restart_limit), (Restart::OnFailure, Some(3)));
     let in_file = file("[[disk]]\npath = 'a.raw'\nrestart = 'never'").disk;
     assert_eq!(in_file[0].restart, Restart::Never);
+    let text = "[[disk]]\npath = 'a.raw'\nthrottle = 5";
+    let error = parse_file(text).unwrap_err().to_string();
+    assert!(error.contains("throttle: 5 is no table of keys"), "{error}");
     let error = disk("a.raw,restart=sometimes").unwrap_err().to_string();
     assert!(error.contains("on-failure"), "{error}");
 }
@@ -176,6 +179,21 @@ fn devices_are_told_apart_and_fit_the_bus() {
     assert!(twice("a,readonly=on", "a,readonly=on").validate().is_ok());
     assert!(refusal(twice("a,id=x", "b,id=x")).contains("'x'"));
     assert!(refusal(twice("a", "b,queues=0")).contains("1 to 64 queues"));
+    assert!(
+        refusal(twice("a", "b,restart=never,restart-limit=3")).contains("--disk b: restart-limit=3 says")
+    );
+    for (keys, reason) in [
+        ("io-timeout=500ms", "at least 1s"),
+        ("io-timeout=30s,on-full=pause", "leave one of them out"),
+        ("io-timeout=30s,restart=never", "restart=never forbids that"),
+    ] {
+        let said = refusal(twice("a", &format!("b,{keys}")));
+        assert!(said.starts_with("--disk b: io-timeout=: ") && said.contains(reason), "{said}");
+    }
+    assert!(twice("a", "b,io-timeout=30s,restart-limit=3").validate().is_ok());
+    let device = options::parse("type=net,socket=/s,queues=0", None).unwrap();
+    let said = refusal(Settings { device: vec![device], ..bootable() });
+    assert!(said.contains("--device net0: queues=0: a device has 1 to 256 queues"), "{said}");
     let contradiction = disk("a,throttle.iops-read-max=5");
     let said = refusal(Settings { disk: vec![contradiction], ..bootable() });
     assert!(said.contains("--disk a: throttle: iops-read-max needs a rate"), "{said}");

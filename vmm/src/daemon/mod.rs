@@ -33,8 +33,10 @@ use rustix::process::{
 use crate::plan::DaemonSpec;
 
 mod policy;
+mod spawner;
 
 pub use policy::{Decision, Restarts};
+pub use spawner::Spawner;
 
 /// The descriptor that a daemon finds its end of the socketpair at.
 const SOCKET_FD: i32 = 3;
@@ -98,7 +100,7 @@ impl fmt::Display for DaemonExit {
 impl std::error::Error for DaemonExit {}
 
 /// Starts a daemon and gives our end of its socket. It dies with the thread that calls this, so call it on one that
-/// lives as long as the machine.
+/// lives as long as the machine; and one that may wait for the file system that has the program ([`Spawner`]).
 ///
 /// # Errors
 /// When the program is not found or the system refuses to start it.

@@ -45,13 +45,15 @@ pub struct Restarts {
     when: Restart,
     limit: Option<u32>,
     count: u32,
+    /// Attempts that came to nothing.
+    failed: u32,
     /// Ends in a row that came too soon.
     streak: u32,
 }
 
 impl Restarts {
     pub fn new(when: Restart, limit: Option<u32>) -> Self {
-        Self { when, limit, count: 0, streak: 0 }
+        Self { when, limit, count: 0, failed: 0, streak: 0 }
     }
 
     /// How many times it was started again.
@@ -59,12 +61,18 @@ impl Restarts {
         self.count
     }
 
-    /// It has been started again. An attempt that came to nothing counts for the pauses only.
+    /// It has been started again.
     pub fn started(&mut self) {
         self.count += 1;
     }
 
-    /// Decides about a daemon that lived this long and ended so; `None` for one that could not even be started.
+    /// It could not even be started, and the attempt took so long: that counts as one that ended.
+    pub fn failed(&mut self, took: Duration) -> Decision {
+        self.failed = self.failed.saturating_add(1);
+        self.after(None, took)
+    }
+
+    /// Decides about a daemon that lived this long and ended so; `None` for one of which it does not matter how.
     pub fn after(&mut self, status: Option<ExitStatus>, lived: Duration) -> Decision {
         match self.when {
             Restart::Never => return Decision::GiveUp(Reason::Never),
@@ -73,7 +81,8 @@ impl Restarts {
             }
             Restart::OnFailure | Restart::Always => {}
         }
-        if let Some(limit) = self.limit.filter(|limit| self.count >= *limit) {
+        let tried = self.count.saturating_add(self.failed);
+        if let Some(limit) = self.limit.filter(|limit| tried >= *limit) {
             return Decision::GiveUp(Reason::Limit(limit));
         }
         if lived >= LIVED {
@@ -141,6 +150,11 @@ mod tests {
         });
         assert_eq!(given_up.count(), 7);
         assert_eq!(limited.count(), 2);
+        let mut stillborn = Restarts::new(Restart::Always, Some(2));
+        assert_eq!(stillborn.after(killed(), LIVED), Decision::Restart(Duration::ZERO));
+        assert!(matches!(stillborn.failed(SOON), Decision::Restart(_)));
+        assert_eq!(stillborn.failed(SOON), Decision::GiveUp(Reason::Limit(2)));
+        assert_eq!(stillborn.count(), 0, "it was tried twice and never ran");
         assert_eq!(
             Restarts::new(Restart::Always, Some(0)).after(killed(), LIVED),
             Decision::GiveUp(Reason::Limit(0))

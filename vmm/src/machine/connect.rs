@@ -42,8 +42,10 @@ pub fn start_daemons(
     let mut supervisor = Supervisor::default();
     let mut targets = Vec::new();
     for (at, slot) in slots.iter().enumerate() {
+        let mut patience = Patience::default();
         let endpoint = match &slot.backend {
             Backend::Spawn(spec) => {
+                patience.io = spec.io_timeout;
                 let (pid, socket) = supervisor.start(SlotIndex(at), spec).map_err(Failure::device)?;
                 health.device(SlotIndex(at)).pid = Some(pid);
                 Endpoint::Socket(socket)
@@ -51,7 +53,7 @@ pub fn start_daemons(
             Backend::Attach { socket, wait } => Endpoint::Path { path: socket.clone(), wait: *wait },
         };
         let device = slot.name.clone();
-        targets.push(Target { device, endpoint, queues: slot.queues, patience: Patience::default() });
+        targets.push(Target { device, endpoint, queues: slot.queues, patience });
     }
     Ok((supervisor, targets))
 }

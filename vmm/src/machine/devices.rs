@@ -1,6 +1,7 @@
 //! The machine's part in its devices' daemons: what it makes of their coming and going, and what it says of it.
 
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -9,7 +10,7 @@ use super::Machine;
 use super::event::{Event, SlotIndex};
 use super::health::{DeviceState, span};
 use super::supervise::{Ended, Started, Stillborn};
-use crate::daemon::Decision;
+use crate::daemon::{Daemon, DaemonError, Decision};
 use crate::virtio::DeviceEvent;
 
 impl Machine {
@@ -71,11 +72,20 @@ impl Machine {
         for ended in self.daemons.reap() {
             self.hear_end(ended);
         }
-        for started in self.daemons.start_due() {
-            match started {
-                Ok(started) => self.introduce(started),
-                Err(stillborn) => self.hear_stillborn(&stillborn),
-            }
+        for stillborn in self.daemons.start_due(&self.queue.sender()) {
+            self.hear_stillborn(&stillborn);
+        }
+    }
+
+    pub(super) fn hear_spawned(
+        &mut self,
+        slot: SlotIndex,
+        result: Result<Box<(Daemon, UnixStream)>, DaemonError>,
+    ) {
+        match self.daemons.spawned(slot, result) {
+            Some(Ok(started)) => self.introduce(started),
+            Some(Err(stillborn)) => self.hear_stillborn(&stillborn),
+            None => {}
         }
     }
 

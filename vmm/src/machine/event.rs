@@ -1,11 +1,13 @@
 //! Everything that can happen to a machine, and the one queue through which its thread hears of it.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::bus;
+use crate::daemon::{Daemon, DaemonError};
 use crate::kvm::vcpu::VcpuEvent;
 use crate::legacy::power::PowerRequest;
 use crate::vhost::{ConnectError, Negotiated};
@@ -29,6 +31,11 @@ pub enum Event {
     Device {
         slot: SlotIndex,
         event: DeviceEvent,
+    },
+    /// The daemon that was to be started in place of one that ended, and our end of its socket.
+    Spawned {
+        slot: SlotIndex,
+        result: Result<Box<(Daemon, UnixStream)>, DaemonError>,
     },
     /// What the guest asked for at a power or reset port.
     Power(PowerRequest),

@@ -167,6 +167,7 @@ impl Machine {
                 }
             }
             Event::Device { slot, event } => self.hear_device(slot, event),
+            Event::Spawned { slot, result } => self.hear_spawned(slot, result),
             // All of them were taken before there was a machine.
             Event::Connected { .. } => {}
         }

@@ -1,23 +1,25 @@
 //! The daemons that are ours, from their start to the end of the machine.
 //!
 //! ```text
-//!   Alive ──ended──> Due ──its time has come──> Alive
-//!     │                └── it cannot be started: Due again
-//!     └──ended, and it is not to be started again──> GivenUp
+//!   Alive ──ended──> Due ──its time has come──> Starting ──> Alive
+//!     │               ^ └──── it cannot be started ─┘ │
+//!     └── ended, and not to be started again ─────────┴──> GivenUp
 //! ```
 //!
 //! Invariants: there is at most one daemon a device, and its successor is started only once it has ended as a process: by
 //! then no thread of it runs, so nothing but the disk itself is still at work for it (see `vhost::lost`). The machine
-//! thread starts them, because a daemon dies with the thread that started it.
+//! thread starts the first ones, before there is a guest that could wait for it; the others are started by a thread of
+//! their device's, for a program may be on a file system that does not answer.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use cleave_common::exit::Failure;
 
-use super::event::SlotIndex;
-use crate::daemon::{self, Daemon, DaemonError, DaemonExit, Decision, Restarts};
+use super::event::{Event, EventSender, SlotIndex};
+use crate::daemon::{self, Daemon, DaemonError, DaemonExit, Decision, Restarts, Spawner};
 use crate::plan::DaemonSpec;
 use crate::vhost::Successor;
 
@@ -29,6 +31,8 @@ enum State {
         killed: bool,
     },
     Due(Instant),
+    /// Since then.
+    Starting(Instant),
     GivenUp,
 }
 
@@ -37,6 +41,8 @@ struct Served {
     spec: DaemonSpec,
     restarts: Restarts,
     state: State,
+    /// Once a daemon of its was to be started again.
+    spawner: Option<Spawner>,
 }
 
 /// A daemon that ended, and what becomes of its device.
@@ -70,7 +76,7 @@ impl Supervisor {
         let pid = daemon.pid();
         let state = State::Alive { daemon, since: Instant::now(), killed: false };
         let restarts = Restarts::new(spec.restart, spec.restart_limit);
-        self.0.push(Served { slot, spec: spec.clone(), restarts, state });
+        self.0.push(Served { slot, spec: spec.clone(), restarts, state, spawner: None });
         Ok((pid, socket))
     }
 
@@ -78,7 +84,7 @@ impl Supervisor {
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.0.iter().filter_map(|served| match &served.state {
             State::Alive { daemon, .. } => Some(daemon.as_fd()),
-            State::Due(_) | State::GivenUp => None,
+            State::Due(_) | State::Starting(_) | State::GivenUp => None,
         })
     }
 
@@ -86,7 +92,7 @@ impl Supervisor {
     pub fn next_due(&self) -> Option<Instant> {
         let due = |served: &Served| match served.state {
             State::Due(at) => Some(at),
-            State::Alive { .. } | State::GivenUp => None,
+            State::Alive { .. } | State::Starting(_) | State::GivenUp => None,
         };
         self.0.iter().filter_map(due).min()
     }
@@ -113,9 +119,19 @@ impl Supervisor {
         self.0.iter_mut().filter_map(Served::reap).collect()
     }
 
-    /// Starts those whose time has come.
-    pub fn start_due(&mut self) -> Vec<Result<Started, Stillborn>> {
-        self.0.iter_mut().filter_map(Served::start_if_due).collect()
+    /// Has those started whose time has come; [`Supervisor::spawned`] is to hear what comes of it. Those for which there is
+    /// no thread to do it.
+    pub fn start_due(&mut self, events: &EventSender) -> Vec<Stillborn> {
+        self.0.iter_mut().filter_map(|served| served.start_if_due(events)).collect()
+    }
+
+    /// What came of an [`Event::Spawned`].
+    pub fn spawned(
+        &mut self,
+        slot: SlotIndex,
+        result: Result<Box<(Daemon, UnixStream)>, DaemonError>,
+    ) -> Option<Result<Started, Stillborn>> {
+        self.0.iter_mut().find(|served| served.slot == slot)?.spawned(result)
     }
 
     /// Why the machine cannot start: a daemon of ours that ended by itself has said why, and its exit code says whose
@@ -133,7 +149,7 @@ impl Supervisor {
     pub fn into_daemons(self) -> Vec<Daemon> {
         let daemon = |served: Served| match served.state {
             State::Alive { daemon, .. } => Some(daemon),
-            State::Due(_) | State::GivenUp => None,
+            State::Due(_) | State::Starting(_) | State::GivenUp => None,
         };
         self.0.into_iter().filter_map(daemon).collect()
     }
@@ -150,26 +166,59 @@ impl Served {
         Some(Ended { slot: self.slot, exit, decision })
     }
 
-    fn start_if_due(&mut self) -> Option<Result<Started, Stillborn>> {
+    fn start_if_due(&mut self, events: &EventSender) -> Option<Stillborn> {
         let State::Due(at) = self.state else { return None };
         let now = Instant::now();
         if now < at {
             return None;
         }
-        Some(match daemon::spawn(&self.spec) {
-            Ok((daemon, socket)) => {
+        self.state = State::Starting(now);
+        match self.spawner(events) {
+            Ok(spawner) => {
+                spawner.spawn(self.spec.clone());
+                None
+            }
+            Err(source) => {
+                let (program, device) = (self.spec.program.clone(), self.spec.device.clone());
+                Some(self.stillborn(DaemonError::Prepare { program, device, source }, now))
+            }
+        }
+    }
+
+    fn spawner(&mut self, events: &EventSender) -> io::Result<Spawner> {
+        if let Some(spawner) = &self.spawner {
+            return Ok(spawner.clone());
+        }
+        let (slot, events) = (self.slot, events.clone());
+        let report = move |result: Result<_, _>| {
+            events.send(Event::Spawned { slot, result: result.map(Box::new) });
+        };
+        let spawner = Spawner::start(&self.spec.device, report)?;
+        Ok(self.spawner.insert(spawner).clone())
+    }
+
+    fn spawned(
+        &mut self,
+        result: Result<Box<(Daemon, UnixStream)>, DaemonError>,
+    ) -> Option<Result<Started, Stillborn>> {
+        let State::Starting(since) = self.state else { return None };
+        Some(match result {
+            Ok(started) => {
+                let (daemon, socket) = *started;
                 let pid = daemon.pid();
-                self.state = State::Alive { daemon, since: now, killed: false };
+                self.state = State::Alive { daemon, since: Instant::now(), killed: false };
                 self.restarts.started();
                 let successor = Successor { socket, serial: self.restarts.count() };
                 Ok(Started { slot: self.slot, pid, successor })
             }
-            Err(error) => {
-                let decision = self.restarts.after(None, now.elapsed());
-                self.decide(decision);
-                Err(Stillborn { slot: self.slot, error, decision })
-            }
+            Err(error) => Err(self.stillborn(error, since)),
         })
+    }
+
+    fn stillborn(&mut self, error: DaemonError, since: Instant) -> Stillborn {
+        let decision = self.restarts.failed(since.elapsed());
+        self.decide(decision);
+        Stillborn { slot: self.slot, error, decision }
     }
 
     fn decide(&mut self, decision: Decision) {
@@ -184,6 +233,7 @@ impl Served {
 mod tests {
     use rustix::event::{PollFd, PollFlags, poll};
 
+    use super::super::event::EventQueue;
     use super::*;
     use crate::config::Restart;
 
@@ -192,7 +242,8 @@ mod tests {
     /// A shell that plays the daemon until it is killed.
     fn supervised(restart: Restart, restart_limit: Option<u32>) -> Supervisor {
         let args = vec!["-c".into(), "read x <&3".into()];
-        let spec = DaemonSpec { program: "sh".into(), device: "disk0".into(), args, restart, restart_limit };
+        let (program, device) = ("sh".to_owned(), "disk0".to_owned());
+        let spec = DaemonSpec { program, device, args, restart, restart_limit, io_timeout: None };
         let mut supervisor = Supervisor::default();
         let (_pid, socket) = supervisor.start(SLOT, &spec).unwrap();
         // Its end is its end, and not that of its socket.
@@ -209,17 +260,27 @@ mod tests {
         ended.remove(0)
     }
 
+    /// What comes of the start that is due next.
+    fn started(supervisor: &mut Supervisor, queue: &EventQueue) -> Result<Started, Stillborn> {
+        while supervisor.next_due().is_some() {
+            assert!(supervisor.start_due(&queue.sender()).is_empty());
+        }
+        poll(&mut [PollFd::new(queue.wake(), PollFlags::IN)], None).unwrap();
+        let Some(Event::Spawned { slot, result }) = queue.take().pop() else { panic!("something else") };
+        supervisor.spawned(slot, result).unwrap()
+    }
+
     #[test]
     fn a_daemon_that_is_killed_has_a_successor_at_once_and_only_the_one_that_is_meant_is_killed() {
         let mut supervisor = supervised(Restart::Always, Some(1));
-        assert!(supervisor.reap().is_empty() && supervisor.start_due().is_empty());
+        let queue = EventQueue::new().unwrap();
+        assert!(supervisor.reap().is_empty() && supervisor.start_due(&queue.sender()).is_empty());
         supervisor.force(SLOT, 0);
         assert!(supervisor.is_killing());
         let first = ended(&mut supervisor);
         assert_eq!((first.slot, first.decision), (SLOT, Decision::Restart(std::time::Duration::ZERO)));
         assert!(!supervisor.is_killing() && supervisor.next_due().is_some());
-        let mut started = supervisor.start_due();
-        let Some(Ok(Started { slot: SLOT, pid, successor })) = started.pop() else {
+        let Ok(Started { slot: SLOT, pid, successor }) = started(&mut supervisor, &queue) else {
             panic!("nothing started")
         };
         assert_eq!((successor.serial, supervisor.next_due()), (1, None));
@@ -230,19 +291,23 @@ mod tests {
         supervisor.force(SLOT, 1);
         let second = ended(&mut supervisor);
         assert!(matches!(second.decision, Decision::GiveUp(why) if why.to_string() == "restart-limit=1"));
-        assert!(supervisor.start_due().is_empty() && supervisor.into_daemons().is_empty());
+        assert!(supervisor.start_due(&queue.sender()).is_empty() && queue.take().is_empty());
+        assert!(supervisor.into_daemons().is_empty());
     }
 
     #[test]
     fn one_that_cannot_be_started_again_is_tried_again_later() {
-        let mut supervisor = supervised(Restart::OnFailure, None);
+        let mut supervisor = supervised(Restart::OnFailure, Some(2));
+        let queue = EventQueue::new().unwrap();
         supervisor.0[0].spec.program = "cleave-nothing".into();
         supervisor.force(SLOT, 0);
         ended(&mut supervisor);
-        let mut started = supervisor.start_due();
-        let Some(Err(stillborn)) = started.pop() else { panic!("it started") };
+        let Err(stillborn) = started(&mut supervisor, &queue) else { panic!("it started") };
         assert!(stillborn.error.to_string().starts_with("cleave-nothing is neither"));
         assert!(matches!(stillborn.decision, Decision::Restart(pause) if !pause.is_zero()));
         assert!(supervisor.next_due().is_some());
+        let Err(stillborn) = started(&mut supervisor, &queue) else { panic!("it started") };
+        assert!(matches!(stillborn.decision, Decision::GiveUp(why) if why.to_string() == "restart-limit=2"));
+        assert!(supervisor.next_due().is_none());
     }
 }

@@ -86,6 +86,8 @@ pub struct DaemonSpec {
     pub restart: Restart,
     /// How often it is started again at most; without end if absent.
     pub restart_limit: Option<u32>,
+    /// How long it may complete nothing of a queue that has work; without end if absent.
+    pub io_timeout: Option<Duration>,
 }
 
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -132,6 +134,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             args,
             restart: disk.restart,
             restart_limit: disk.restart_limit,
+            io_timeout: disk.io_timeout.map(|timeout| timeout.0),
         });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });

@@ -71,6 +71,8 @@ pub struct Patience {
     pub first_answer: Duration,
     /// Time between two looks at whether a running daemon gets on.
     pub look: Duration,
+    /// How long a daemon may complete nothing of a queue that has work. `None`: without end, for disks may be that slow.
+    pub io: Option<Duration>,
 }
 
 impl Default for Patience {
@@ -79,6 +81,7 @@ impl Default for Patience {
             deadline: DEFAULT_DEADLINE,
             first_answer: Duration::from_secs(30),
             look: Duration::from_secs(3),
+            io: None,
         }
     }
 }
@@ -181,6 +184,7 @@ pub(super) fn open(path: &Path) -> Result<UnixStream, SessionError> {
         match errno {
             // The answer that a file of another kind gives, too: no daemon will ever listen on that.
             Errno::CONNREFUSED if is_no_socket(&path) => SessionError::NotASocket(path),
+            Errno::PROTOTYPE => SessionError::OtherKind(path),
             Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN => SessionError::NobodyListens { path, source },
             _ => SessionError::Connect { path, source },
         }

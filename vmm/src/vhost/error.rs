@@ -16,10 +16,14 @@ pub enum SessionError {
     Connect { path: PathBuf, source: io::Error },
     #[error("{} is not a socket: name the one that the daemon listens on", .0.display())]
     NotASocket(PathBuf),
+    #[error("{} is a socket of another kind (datagram or seqpacket): name the one that the daemon listens on", .0.display())]
+    OtherKind(PathBuf),
     #[error("the daemon did not answer {request} within {} s{}", limit.as_secs_f64(), who_hangs(*request))]
     Timeout { request: FrontendRequest, limit: Duration },
     #[error("the daemon did not answer within {} s, and its rings stand still", .0.as_secs_f64())]
     Hangs(Duration),
+    #[error("the daemon answers, but has completed nothing of queue {queue} for {} s (io-timeout=)", still.as_secs())]
+    CompletesNothing { queue: usize, still: Duration },
     #[error("the daemon closed the connection at {request}{}", who_closes(*request))]
     Closed { request: FrontendRequest },
     #[error("the daemon closed the connection")]

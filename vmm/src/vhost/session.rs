@@ -23,12 +23,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::SessionError;
 use super::backend::Told;
-use super::connect::{Negotiated, Offer, Peer};
+use super::connect::{Negotiated, Offer, Patience, Peer};
 use super::lost::{CannotResume, Lost, Wanted};
 use super::mailbox::{ConfigWrite, Mailbox, Notes, Start};
 use super::memory::MemoryTable;
 use super::running::{Active, Written};
-use super::watch::Watch;
+use super::watch::{Gait, Watch};
 use super::wire::Limit;
 use crate::bus::Event;
 use crate::sandbox;
@@ -357,16 +357,24 @@ impl Worker {
 
 impl Running {
     pub(super) fn new(session: Negotiated, active: Active) -> Self {
-        let watch = Watch::new(session.peer.patience.look);
+        let Patience { look, io, .. } = session.peer.patience;
+        let watch = Watch::new(look, io);
         Self { session, active, watch }
     }
 
     /// Now and then: whether the daemon still gets on.
     fn look(&mut self, memory: &MemoryTable) -> Result<(), SessionError> {
-        if self.watch.is_due() && self.watch.stands_still(self.active.indices(memory)) {
-            return self.session.are_you_there();
+        if !self.watch.is_due() {
+            return Ok(());
         }
-        Ok(())
+        match self.watch.look(Instant::now(), self.active.indices(memory)) {
+            Gait::Moves => Ok(()),
+            Gait::StandsStill => self.session.are_you_there(),
+            Gait::Stuck { ring, still } => {
+                let queue = self.active.start.rings.get(ring).map_or(ring, |ring| ring.index.into());
+                Err(SessionError::CompletesNothing { queue, still })
+            }
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use cleave_storage::{Range, RangeOp, Transfer};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::Queue;
+use crate::disk::Waited;
 use crate::request::{ID_LEN, Request, Status, Work, segments};
 use crate::throttle::Direction;
 
@@ -128,7 +129,7 @@ impl Queue<'_> {
     pub(super) fn complete(&mut self, head: u16, result: io::Result<()>) {
         let pending = self.pending[usize::from(head)];
         if pending.found_full {
-            self.disk.end_waiting_for_room();
+            self.disk.end_waiting_for_room(if result.is_ok() { Waited::Room } else { Waited::Failed });
             if result.is_ok() {
                 self.waiting.room_found(self.engine);
             }
@@ -154,16 +155,17 @@ impl Queue<'_> {
             return self.waiting.park_full(head);
         }
         self.engine.abandon(head);
-        if self.vring.remembers_in_flight() {
-            // Whoever serves the ring next finds it among those in flight.
-            self.disk.end_waiting_for_room();
-        } else {
-            self.complete(head, Err(error));
+        if self.leaving {
+            return self.disk.end_waiting_for_room(Waited::Left);
         }
+        self.disk.end_waiting_for_room(Waited::Stopped);
+        let finished = self.finish(head, self.pending[usize::from(head)], Status::IoErr);
+        self.check(finished);
     }
 
     fn finish(&mut self, head: u16, pending: Pending, status: Status) -> Result<(), RingError> {
         self.vring.memory().write_obj(status as u8, pending.status)?;
+        self.served += 1;
         let written = if status == Status::Ok { pending.written } else { 0 };
         self.vring.push_used(head, written + 1)
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use cleave_storage::Engine;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, Waited};
 use crate::throttle::{Direction, Turn};
 
 /// How long a full disk is left alone before it is tried again.
@@ -73,6 +73,11 @@ impl Waiting {
         self.retry_at = None;
     }
 
+    /// How many requests.
+    pub(super) fn len(&self) -> usize {
+        self.held.iter().map(|held| held.requests.len()).sum::<usize>() + self.full.len()
+    }
+
     /// When [`Waiting::submit_due`] is to be called at the latest.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.held.iter().filter_map(|held| held.due).chain(self.retry_at).min()
@@ -112,9 +117,10 @@ impl Waiting {
         }
     }
 
-    /// The queue is to stop: everything is submitted, once more. What the rate limits hold is counted as if it had waited,
-    /// or, if it is `remembered`, left to whoever serves the ring next: else a guest would get round them by resetting.
-    pub(super) fn submit_all(&mut self, remembered: bool, disk: &Disk, engine: &mut Engine) {
+    /// The queue is to stop. What the rate limits hold is submitted, and counted as if it had waited, or, if it is
+    /// `remembered`, left to whoever serves the ring next: else a guest would get round them by resetting. What waits for
+    /// room is tried once more, unless it is to be `left`.
+    pub(super) fn end(&mut self, remembered: bool, left: bool, disk: &Disk, engine: &mut Engine) {
         for direction in Direction::ALL {
             let held = &mut self.held[direction as usize];
             if !held.requests.is_empty() {
@@ -129,6 +135,12 @@ impl Waiting {
                 }
             }
             held.due = None;
+        }
+        if left {
+            for head in self.full.drain(..) {
+                engine.abandon(head);
+                disk.end_waiting_for_room(Waited::Left);
+            }
         }
         self.room_found(engine);
     }

@@ -8,8 +8,10 @@ use rustix::thread::{
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
-/// Gives up all capabilities, and that of ever getting any.
-pub(super) fn drop_all() -> io::Result<()> {
+/// Gives up all capabilities but one, and that of ever getting any. What is left is that of locking memory, if it was
+/// there: I/O rings are not charged to their user when a thread sets them up that has it. Whoever has set up its rings
+/// gives it up ([`cleave_common::sandbox::drop_memory_lock`]).
+pub(super) fn drop_most() -> io::Result<()> {
     set_no_new_privs(true)?;
     match clear_ambient_capability_set() {
         // Before Linux 4.3 there is none.
@@ -20,8 +22,9 @@ pub(super) fn drop_all() -> io::Result<()> {
     if capabilities(None)?.effective.contains(CapabilitySet::SETPCAP) {
         empty_bounding_set()?;
     }
-    let none = CapabilitySet::empty();
-    Ok(set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?)
+    let left = capabilities(None)?.permitted & CapabilitySet::IPC_LOCK;
+    let inheritable = CapabilitySet::empty();
+    Ok(set_capabilities(None, CapabilitySets { effective: left, permitted: left, inheritable })?)
 }
 
 fn empty_bounding_set() -> io::Result<()> {

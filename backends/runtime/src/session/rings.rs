@@ -10,6 +10,7 @@ use tracing::{debug, warn};
 use vm_memory::GuestAddress;
 
 use super::{Answer, Refusal, Session};
+use crate::device::Stop;
 use crate::dirty_log::DirtyLog;
 use crate::vring::{Found, InflightQueue, Notifier, QueueIndex, RingAddresses, RingLog, SplitRing, Vring};
 use cleave_common::vhost_user::features::virtio;
@@ -42,6 +43,10 @@ pub(super) struct RingSlot {
 impl RingSlot {
     pub(super) fn enable(&mut self) {
         self.enabled = true;
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.running
     }
 
     /// The ring's next start is one as by a new backend.
@@ -124,12 +129,12 @@ impl Session<'_> {
     }
 
     /// Takes a ring from the device, which completes what it has fetched.
-    fn pause(&mut self, index: QueueIndex) {
+    fn pause(&mut self, index: QueueIndex, stop: Stop) {
         let slot = &mut self.rings[usize::from(index.0)];
         if !std::mem::take(&mut slot.running) {
             return;
         }
-        match self.device.stop_queue(index) {
+        match self.device.stop_queue(index, stop) {
             Some(vring) => {
                 slot.next_avail = vring.ring.next_avail();
                 slot.started = vring.started;
@@ -163,7 +168,12 @@ impl Session<'_> {
     }
 
     pub(super) fn pause_rings(&mut self) {
-        self.indices().for_each(|index| self.pause(index));
+        self.indices().for_each(|index| self.pause(index, Stop::Drain));
+    }
+
+    /// The session is over.
+    pub(super) fn leave_rings(&mut self) {
+        self.indices().for_each(|index| self.pause(index, Stop::SessionOver));
     }
 
     /// After a change to all of them. A ring that may not run as it is now waits for what it lacks.
@@ -196,7 +206,7 @@ impl Session<'_> {
         let log_used = (addr.flags & VRING_F_LOG != 0).then_some(GuestAddress(addr.log));
         // Frontends send the same addresses again under a running ring, to switch its log.
         if (slot.addresses, slot.log_used) != (Some(user), log_used) {
-            self.pause(index);
+            self.pause(index, Stop::Drain);
             let slot = &mut self.rings[usize::from(index.0)];
             (slot.addresses, slot.log_used) = (Some(user), log_used);
             self.resume(index)?;
@@ -216,7 +226,7 @@ impl Session<'_> {
     /// Stops the ring: only a new kick descriptor starts it again.
     pub(super) fn get_vring_base(&mut self, state: VringState) -> Result<Answer, Refusal> {
         let (index, _) = self.slot(state.index)?;
-        self.pause(index);
+        self.pause(index, Stop::Drain);
         let slot = &mut self.rings[usize::from(index.0)];
         slot.kick = None;
         slot.started = false;
@@ -232,7 +242,7 @@ impl Session<'_> {
         if slot.enabled {
             slot.check_addresses(&memory)?;
         }
-        self.pause(index);
+        self.pause(index, Stop::Drain);
         // A ring that was started stays so: a kick that came on the old descriptor is not lost.
         self.rings[usize::from(index.0)].kick = Some(Arc::new(fd));
         self.resume(index)?;
@@ -257,7 +267,7 @@ impl Session<'_> {
         match state.num {
             0 => {
                 slot.enabled = false;
-                self.pause(index);
+                self.pause(index, Stop::Drain);
             }
             1 => {
                 if slot.kick.is_some() {

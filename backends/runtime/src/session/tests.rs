@@ -7,6 +7,7 @@ use cleave_common::vhost_user::{BackendRequest, HEADER_LEN, Header, MemoryRegion
 use cleave_common::virtio::DeviceType;
 
 use super::*;
+use crate::device::Stop;
 use crate::vring::{QueueIndex, Vring};
 
 /// A device that leaves the serving of its queue to the test, and whose config space grows.
@@ -49,7 +50,7 @@ impl Device for TestDevice {
         Ok(())
     }
 
-    fn stop_queue(&mut self, _: QueueIndex) -> Option<Vring> {
+    fn stop_queue(&mut self, _: QueueIndex, _: Stop) -> Option<Vring> {
         self.vring.borrow_mut().take()
     }
 
@@ -61,6 +62,10 @@ impl Device for TestDevice {
         let grows = self.config.len() < 2;
         self.config.resize(2.min(self.config.len() + 1), 7);
         Ok(grows)
+    }
+
+    fn report(&self) -> String {
+        "fine".to_owned()
     }
 
     fn reset(&mut self) {}

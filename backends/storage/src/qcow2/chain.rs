@@ -53,11 +53,9 @@ pub(super) fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<Cha
     while let Some((path, is_qcow2)) = next.take() {
         let at = layers.len();
         let outcome = open_layer(&path, is_qcow2, read_only || at > 0, cache, &mut seen, &layers);
-        let (file, layer) = outcome.map_err(|source| match layers.last() {
-            Some(Layer { path: image, .. }) if !matches!(source, ImageError::BackingLoop { .. }) => {
-                ImageError::Backing { image: image.clone(), source: Box::new(source) }
-            }
-            _ => source,
+        let (file, layer) = outcome.map_err(|error| match layers.last() {
+            Some(layer) => of_backing(&layer.path, error),
+            None => error,
         })?;
         if let Some(backing) = layer.header.as_ref().and_then(|header| header.backing.as_ref()) {
             if layers.len() == MAX_BACKING {
@@ -76,6 +74,18 @@ pub(super) fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<Cha
     let cluster_size = layers[0].header.as_ref().map_or(PAGE, Header::cluster_size);
     let access = assemble(layers, read_only)?;
     Ok(Chain { files, access, cluster_size })
+}
+
+/// What is wrong with the file behind `image`.
+fn of_backing(image: &Path, error: ImageError) -> ImageError {
+    let image = image.to_owned();
+    match error {
+        ImageError::Open { path, source } if source.kind() == io::ErrorKind::NotFound => {
+            ImageError::BackingMissing { image, path }
+        }
+        ImageError::BackingLoop { .. } => error,
+        error => ImageError::Backing { image, source: Box::new(error) },
+    }
 }
 
 fn open_layer(

@@ -42,7 +42,11 @@ mod extension {
 pub enum HeaderError {
     #[error("is no qcow2 image: it begins with {0:02x?} instead of 'QFI'; is it raw? then use format raw")]
     Magic([u8; 4]),
-    #[error("is too short for a qcow2 header: it has {0} bytes")]
+    #[error("is an empty file, and no qcow2 image: make one with 'qemu-img create -f qcow2'")]
+    Empty,
+    #[error(
+        "is too short for a qcow2 header: it has {0} bytes; make an image with 'qemu-img create -f qcow2'"
+    )]
     Short(usize),
     #[error(
         "is qcow2 of version {0}, of which only 2 and 3 are known: convert it with 'qemu-img convert -O qcow2'"
@@ -109,6 +113,9 @@ impl Header {
     /// `bytes`: the file's first, up to [`Header::MAX_LEN`]. `file_len`: bytes of all of it.
     pub(super) fn parse(bytes: &[u8], file_len: u64) -> Result<Self, HeaderError> {
         let fields = Fields(bytes);
+        if bytes.is_empty() {
+            return Err(HeaderError::Empty);
+        }
         let magic = [0, 1, 2, 3].map(|at| bytes.get(at).copied().unwrap_or(0));
         if magic != MAGIC {
             return Err(HeaderError::Magic(magic));

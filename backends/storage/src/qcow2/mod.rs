@@ -126,11 +126,12 @@ impl Worker {
         let (ready, started) = mpsc::channel();
         let shared = shared.clone();
         let thread = thread::Builder::new().name("qcow2".to_owned()).spawn(move || {
-            let _ = ready.send(());
+            // Of the thread that starts it, whose I/O rings need it.
+            let _ = ready.send(cleave_common::sandbox::drop_memory_lock());
             worker::run(&shared, &inbox);
         })?;
         // What a thread calls while it starts, the filter of system calls that comes next does not allow.
-        started.recv().map_err(io::Error::other)?;
+        started.recv().map_err(io::Error::other)??;
         Ok(Self { jobs, thread })
     }
 }

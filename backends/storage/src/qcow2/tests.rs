@@ -209,7 +209,10 @@ fn chains_that_cannot_be_used_are_refused() {
     assert!(matches!(refusal(("nbd://x/y", "raw")), ImageError::BackingName { .. }));
     assert!(matches!(refusal(("x", "vmdk")), ImageError::BackingFormatUnknown { .. }));
     let missing = refusal(("nothing", "raw"));
-    assert!(matches!(&missing, ImageError::Backing { image, .. } if *image == at("image")), "{missing:?}");
+    assert!(
+        matches!(&missing, ImageError::BackingMissing { image, .. } if *image == at("image")),
+        "{missing:?}"
+    );
     assert!(!missing.is_hosts_fault());
     assert!(matches!(refusal(("image", "qcow2")), ImageError::BackingLoop { .. }));
     New { backing: Some(("image", "qcow2")), ..New::of(1 << 20, 65536) }.make(&at("other"));

@@ -147,6 +147,12 @@ fn what_is_no_socket_is_not_waited_for() {
         assert!(started.elapsed() < SOON);
     }
     assert!(!is_no_socket(&directory.path().join("nothing")));
+    let datagrams = directory.path().join("datagrams");
+    let _other = std::os::unix::net::UnixDatagram::bind(&datagrams).unwrap();
+    let endpoint = Endpoint::Path { path: datagrams, wait: SOON * 60 };
+    let (_daemon, unused) = UnixStream::pair().unwrap();
+    let error = connect(Target { endpoint, ..target(unused) }).unwrap_err().source;
+    assert!(matches!(error, SessionError::OtherKind(_)), "{error}");
 }
 
 #[test]

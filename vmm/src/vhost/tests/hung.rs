@@ -1,8 +1,12 @@
 use super::*;
 
 fn watched(script: Script, deadline: Duration) -> Fixture {
+    watched_within(script, deadline, None)
+}
+
+fn watched_within(script: Script, deadline: Duration, io: Option<Duration>) -> Fixture {
     let (daemon, socket) = Daemon::pair(script);
-    let patience = Patience { look: SHORT / 10, ..patience(deadline) };
+    let patience = Patience { look: SHORT / 10, io, ..patience(deadline) };
     let side = Side::of(Target { patience, ..target(socket) });
     Fixture { daemon, side, serial: 0 }
 }
@@ -46,4 +50,22 @@ fn a_reset_waits_for_the_end_of_one_of_ours_that_hangs() {
     fixture.hears_nothing();
     fixture.daemon.end();
     assert_eq!(fixture.hear(), Heard::Stopped);
+}
+
+/// Its session answers: only an end to patience, which somebody has to set, tells it from a slow disk.
+#[test]
+fn one_of_ours_that_completes_nothing_is_replaced_where_patience_has_an_end() {
+    let patient = watched(recording(), Duration::from_secs(5));
+    patient.running();
+    patient.move_to(5, 1);
+    let mut fixture = watched_within(recording(), Duration::from_secs(5), Some(SHORT));
+    fixture.running();
+    fixture.move_to(5, 1);
+    let reason = fixture.hear_lost();
+    assert!(reason.starts_with("the daemon answers, but has completed nothing of queue 0"), "{reason}");
+    fixture.daemon.end();
+    fixture.replace(recording());
+    assert_eq!(fixture.hear(), Heard::Reconnected(0));
+    patient.hears_nothing();
+    patient.stopped();
 }

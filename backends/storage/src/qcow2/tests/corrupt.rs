@@ -107,3 +107,34 @@ proptest! {
         use_it(&path, read_only);
     }
 }
+
+/// Names that an image of a chain may give for its backing file; the last two are none of the images.
+const NAMES: [&str; 7] = ["image", "one", "two", "three", "four", "base", "missing"];
+const IMAGES: usize = 5;
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+    /// Chains that end, that lead back to themselves, to nothing, or to something of another format or size.
+    #[test]
+    fn any_chain(
+        links in prop::collection::vec((prop::option::weighted(0.9, 0..NAMES.len()), any::<bool>(), 0u64..9), IMAGES),
+        changes in prop::collection::vec((0..IMAGES, 0usize..400, any::<u8>()), 0..3),
+        read_only: bool,
+    ) {
+        let place = directory();
+        std::fs::write(place.path().join("base"), pattern(9, 100_000)).unwrap();
+        for (name, (backing, is_qcow2, size)) in NAMES.iter().zip(links) {
+            let format = if is_qcow2 { "qcow2" } else { "raw" };
+            let backing = backing.map(|to| (NAMES[to], format));
+            New { backing, ..New::of(size << 16, 512) }.make(&place.path().join(name));
+        }
+        for (image, at, byte) in changes {
+            let path = place.path().join(NAMES[image]);
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[at] ^= byte;
+            std::fs::write(&path, bytes).unwrap();
+        }
+        use_it(&place.path().join("image"), read_only);
+    }
+}
