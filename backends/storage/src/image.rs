@@ -8,7 +8,10 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+use rustix::fs::{
+    AtFlags, OFlags, SeekFrom, StatxFlags, fcntl_getfl, fcntl_setfl, fstatfs, ioctl_blkpbszget,
+    ioctl_blksszget, seek, statx,
+};
 use tracing::warn;
 
 use crate::lock::{self, LockError};
@@ -268,10 +271,24 @@ impl HostImage {
             held => ImageError::Locked { path: path.to_owned(), source: held },
         })?;
         let is_device = meta.file_type().is_block_device();
+        if meta.is_file() {
+            serve_memory_at_once(&file).map_err(opened)?;
+        }
         let geometry = Geometry::of(&file, is_device, direct).map_err(opened)?;
         let topology = if is_device { Topology::of_device(&file) } else { Topology::default() };
         Ok(Self { file, len, geometry, topology })
     }
+}
+
+/// tmpfs does not tell io_uring that it hardly ever waits, so that the kernel hands each request to a worker thread, which
+/// takes many times as long as the copy that it is about. A file that is O_NONBLOCK is tried at once; reads and writes mind
+/// that flag in no other way. On other file systems without such a word the worker is what keeps a queue from waiting.
+fn serve_memory_at_once(file: &File) -> io::Result<()> {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    if fstatfs(file)?.f_type == TMPFS_MAGIC {
+        fcntl_setfl(file, fcntl_getfl(file)? | OFlags::NONBLOCK)?;
+    }
+    Ok(())
 }
 
 /// A raw disk's first bytes are its guest's, so that this is worth a word and no more. Through another descriptor, which

@@ -64,3 +64,15 @@ fn writers_exclude_everybody_and_readers_only_writers() {
     let _reader = open(file.path(), true, CacheMode::Writeback).unwrap();
     let _other = open(file.path(), true, CacheMode::Writeback).unwrap();
 }
+
+#[test]
+fn memory_is_served_at_once_and_a_disk_is_not_waited_for() {
+    let is_nonblocking = |path: &Path| {
+        let image = open(path, true, CacheMode::Writeback).unwrap();
+        fcntl_getfl(image.file()).unwrap().contains(OFlags::NONBLOCK)
+    };
+    assert!(!is_nonblocking(file(512).path()));
+    let Ok(mut in_memory) = tempfile::NamedTempFile::new_in("/dev/shm") else { return };
+    in_memory.write_all(&[7; 512]).unwrap();
+    assert!(is_nonblocking(in_memory.path()));
+}
