@@ -16,7 +16,7 @@ mod requests;
 mod waiting;
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
 use cleave_runtime::{Chain, Command, Inbox, RingError, Vring};
@@ -44,7 +44,7 @@ struct Signals {
 pub(crate) fn serve(index: u16, mut engine: Engine, inbox: &Inbox, disk: &Disk) {
     let wake = engine.watch(inbox.wake_fd());
     let nudge = engine.watch(disk.nudge_fd(index));
-    let mut polling = Polling::new(disk.poll);
+    let mut polling = Polling::new(disk.poll.max(GLANCE));
     while let Some(command) = inbox.next() {
         if let Command::Start(vring) = command {
             engine.park_when_full(disk.on_full == OnFull::Pause);
@@ -55,10 +55,14 @@ pub(crate) fn serve(index: u16, mut engine: Engine, inbox: &Inbox, disk: &Disk) 
     }
 }
 
-/// Most requests fetched before they are handed to the disk and its completions looked at. An idle disk gets its first
-/// request alone and at once; the batches double while it gets busy. So it works on the first ones while the next are
-/// prepared, and the guest on the first completions.
-const MAX_BATCH: usize = 4;
+/// Most requests fetched before they are handed to the disk and its completions looked at. A disk gets its first request
+/// alone and at once; the batches double while the guest has more. So the disk works on the first ones while the next
+/// are prepared, and the guest on the first completions.
+const MAX_BATCH: usize = 8;
+
+/// How long a thread looks for work before it sleeps, where that pays, even if nobody asked for polling: about as long as
+/// falling asleep, being kicked and waking up keep the processors busy.
+const GLANCE: Duration = Duration::from_micros(3);
 
 struct Queue<'e> {
     vring: Vring,
@@ -69,6 +73,8 @@ struct Queue<'e> {
     /// By head.
     pending: Vec<Pending>,
     waiting: Waiting,
+    /// Requests to be fetched in the next turn.
+    batch: usize,
     /// The request being read.
     chain: Chain,
     buffers: Vec<libc::iovec>,
@@ -92,6 +98,7 @@ impl<'e> Queue<'e> {
             kick,
             pending,
             waiting,
+            batch: 1,
             chain: Chain::default(),
             buffers: Vec::new(),
             kicks_wanted: true,
@@ -169,7 +176,7 @@ impl<'e> Queue<'e> {
         if std::mem::take(&mut self.kicks_wanted) {
             self.vring.disable_kicks()?;
         }
-        for _ in 0..self.engine.in_flight().clamp(1, MAX_BATCH) {
+        for _ in 0..self.batch {
             match self.vring.next_head()? {
                 Some(head) => self.begin(head)?,
                 None => break,
@@ -177,12 +184,19 @@ impl<'e> Queue<'e> {
         }
         // What was answered at once; the rest of the turn may be a long sleep.
         self.vring.signal_used()?;
-        self.vring.has_available()
+        let more = self.vring.has_available()?;
+        self.batch = if more { (2 * self.batch).min(MAX_BATCH) } else { 1 };
+        Ok(more)
     }
 
     /// Hands over what has been fetched and waits for anything to happen: first with open eyes, if that has paid lately.
     fn rest(&mut self) -> io::Result<()> {
         if let Some(limit) = self.polling.next() {
+            self.engine.poll()?;
+            // What the kernel did at once says nothing about waiting.
+            if self.engine.has_events() {
+                return Ok(());
+            }
             let found = self.look(Instant::now() + limit)?;
             self.polling.looked(found);
             if found {
@@ -194,7 +208,6 @@ impl<'e> Queue<'e> {
 
     /// Looks for work until `end`. `true`: there is some.
     fn look(&mut self, end: Instant) -> io::Result<bool> {
-        self.engine.poll()?;
         loop {
             if self.engine.has_news() {
                 self.engine.poll()?;

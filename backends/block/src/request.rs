@@ -6,7 +6,7 @@
 pub(crate) mod segments;
 
 use cleave_runtime::{Chain, GuestMemory, Segment};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, GuestAddress};
 
 /// Bytes of the header: type, a reserved word, sector.
 const HEADER_LEN: usize = 16;
@@ -82,7 +82,7 @@ pub(crate) struct Limits {
 
 impl Request {
     pub(crate) fn parse(chain: &Chain, memory: &GuestMemory, limits: &Limits) -> Result<Self, Unanswerable> {
-        let status = last_byte(chain.writable()).filter(|addr| memory.map().address_in_range(*addr));
+        let status = last_byte(chain.writable()).filter(|addr| memory.slice(*addr, 1).is_some());
         let status = status.ok_or(Unanswerable::NoStatus)?;
         let header = read_header(chain.readable(), memory).ok_or(Unanswerable::NoHeader)?;
         let (kind, sector) = (
@@ -156,7 +156,7 @@ fn read_header(readable: &[Segment], memory: &GuestMemory) -> Option<[u8; HEADER
     let mut filled = 0;
     for segment in readable {
         let n = (HEADER_LEN - filled).min(segment.len as usize);
-        memory.map().read_slice(&mut header[filled..filled + n], segment.addr).ok()?;
+        memory.read(&mut header[filled..filled + n], segment.addr).ok()?;
         filled += n;
         if filled == HEADER_LEN {
             return Some(header);

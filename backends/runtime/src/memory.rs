@@ -3,6 +3,9 @@
 //! A frontend names ring addresses by *user address*, the guest names buffers by *guest-physical address*. Only this
 //! module knows both. A [`GuestMemory`] never changes: adding or removing a region makes another one that shares the
 //! mappings, so that whoever still holds the old one keeps what it uses mapped.
+//!
+//! Whatever lies in one region is looked up here, in a few steps; what reaches from one into its neighbour is left to
+//! [`GuestMemory::map`], which takes several times as long.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -11,7 +14,10 @@ use std::sync::Arc;
 use cleave_common::vhost_user::{MAX_MEM_SLOTS, MemoryRegion};
 use rustix::fs::{FileType, fstat};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
+};
 
 /// The smallest unit that can be mapped.
 const PAGE: u64 = 4096;
@@ -40,8 +46,15 @@ pub enum MemoryError {
 /// All regions a frontend shares at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct GuestMemory {
-    regions: Vec<MemoryRegion>,
+    /// In order of their guest-physical addresses.
+    regions: Vec<Region>,
     map: GuestMemoryMmap<()>,
+}
+
+#[derive(Debug, Clone)]
+struct Region {
+    said: MemoryRegion,
+    mapped: Arc<GuestRegionMmap<()>>,
 }
 
 impl GuestMemory {
@@ -62,20 +75,20 @@ impl GuestMemory {
             return Err(MemoryError::TooMany);
         }
         check_shape(&region)?;
-        if self.regions.iter().any(|other| overlap(other, &region)) {
+        if self.regions.iter().any(|other| overlap(&other.said, &region)) {
             return Err(MemoryError::Overlap(region));
         }
         let mapped = Arc::new(map_region(&region, fd)?);
-        let map = self.map.insert_region(mapped).map_err(|_| MemoryError::Overlap(region))?;
+        let map = self.map.insert_region(mapped.clone()).map_err(|_| MemoryError::Overlap(region))?;
         let mut regions = self.regions.clone();
-        regions.push(region);
+        regions.insert(self.regions_up_to(region.guest_addr), Region { said: region, mapped });
         Ok(Self { regions, map })
     }
 
     /// REM_MEM_REG: the region is named by its guest address, user address and size.
     pub fn without_region(&self, region: MemoryRegion) -> Result<Self, MemoryError> {
-        let same = |other: &MemoryRegion| {
-            (other.guest_addr, other.user_addr, other.size)
+        let same = |other: &Region| {
+            (other.said.guest_addr, other.said.user_addr, other.said.size)
                 == (region.guest_addr, region.user_addr, region.size)
         };
         let Some(at) = self.regions.iter().position(same) else {
@@ -92,10 +105,48 @@ impl GuestMemory {
 
     /// The guest-physical address of `len` bytes that the frontend names by user address, if they lie in one region.
     pub fn translate(&self, user_addr: u64, len: u64) -> Option<GuestAddress> {
-        self.regions.iter().find_map(|region| {
-            let offset = user_addr.checked_sub(region.user_addr)?;
-            (offset.checked_add(len)? <= region.size).then(|| GuestAddress(region.guest_addr + offset))
+        self.regions.iter().find_map(|Region { said, .. }| {
+            let offset = user_addr.checked_sub(said.user_addr)?;
+            (offset.checked_add(len)? <= said.size).then(|| GuestAddress(said.guest_addr + offset))
         })
+    }
+
+    /// How many regions start at `guest_addr` or before.
+    fn regions_up_to(&self, guest_addr: u64) -> usize {
+        self.regions.partition_point(|region| region.said.guest_addr <= guest_addr)
+    }
+
+    /// `len` bytes from `addr`, if they lie in one region.
+    pub fn slice(&self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
+        let Region { said, mapped } = self.regions.get(self.regions_up_to(addr.0).checked_sub(1)?)?;
+        mapped.get_slice(MemoryRegionAddress(addr.0 - said.guest_addr), len).ok()
+    }
+
+    /// # Errors
+    /// It does not lie in memory.
+    pub fn read_obj<T: ByteValued>(&self, addr: GuestAddress) -> Result<T, GuestMemoryError> {
+        match self.slice(addr, size_of::<T>()) {
+            Some(slice) => Ok(slice.read_obj(0)?),
+            None => self.map.read_obj(addr),
+        }
+    }
+
+    /// # Errors
+    /// As [`GuestMemory::read_obj`].
+    pub fn write_obj<T: ByteValued>(&self, value: T, addr: GuestAddress) -> Result<(), GuestMemoryError> {
+        match self.slice(addr, size_of::<T>()) {
+            Some(slice) => Ok(slice.write_obj(value, 0)?),
+            None => self.map.write_obj(value, addr),
+        }
+    }
+
+    /// # Errors
+    /// As [`GuestMemory::read_obj`]; some of the bytes may have been read.
+    pub fn read(&self, bytes: &mut [u8], addr: GuestAddress) -> Result<(), GuestMemoryError> {
+        match self.slice(addr, bytes.len()) {
+            Some(slice) => Ok(slice.read_slice(bytes, 0)?),
+            None => self.map.read_slice(bytes, addr),
+        }
     }
 
     /// Memory by guest-physical address.

@@ -12,6 +12,7 @@ mod chain;
 mod inflight;
 mod log;
 mod notify;
+mod part;
 mod split;
 
 use std::collections::VecDeque;
@@ -99,7 +100,7 @@ impl Vring {
         if let Some(head) = self.resubmit.pop_front() {
             return Ok(Some(head));
         }
-        let head = self.ring.next_head(&self.memory)?;
+        let head = self.ring.next_head()?;
         if let (Some(head), Some(inflight)) = (head, &mut self.inflight) {
             inflight.fetched(head)?;
         }
@@ -107,8 +108,8 @@ impl Vring {
     }
 
     /// Whether [`Vring::next_head`] has something to give now.
-    pub fn has_available(&self) -> Result<bool, RingError> {
-        Ok(!self.resubmit.is_empty() || self.ring.has_available(&self.memory)?)
+    pub fn has_available(&mut self) -> Result<bool, RingError> {
+        Ok(!self.resubmit.is_empty() || self.ring.has_available()?)
     }
 
     /// Reads the descriptors behind `head` into `chain`.
@@ -127,7 +128,8 @@ impl Vring {
         if let Some(inflight) = &mut self.inflight {
             inflight.before_used(head)?;
         }
-        let element = self.ring.push_used(&self.memory, head, len)?;
+        let element = self.ring.put_used(head, len);
+        self.ring.publish_used();
         if let Some(inflight) = &mut self.inflight {
             inflight.after_used(head, self.ring.next_used())?;
         }
@@ -143,7 +145,7 @@ impl Vring {
         if let Some(log) = self.log.as_ref().filter(|_| self.ring.has_unsignalled()) {
             log.signal();
         }
-        if self.ring.should_signal(&self.memory)? {
+        if self.ring.should_signal() {
             self.call.signal();
         }
         Ok(())
@@ -151,14 +153,14 @@ impl Vring {
 
     /// Asks for a kick at the next available chain. `true` when one came meanwhile: fetch again instead of waiting.
     pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
-        let more = self.ring.enable_kicks(&self.memory)?;
+        let more = self.ring.enable_kicks()?;
         self.log_wish();
         Ok(more || !self.resubmit.is_empty())
     }
 
     /// Spares the guest kicks while the ring is looked at anyway.
     pub fn disable_kicks(&mut self) -> Result<(), RingError> {
-        self.ring.disable_kicks(&self.memory)?;
+        self.ring.disable_kicks();
         self.log_wish();
         Ok(())
     }

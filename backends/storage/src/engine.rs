@@ -262,7 +262,7 @@ impl Engine {
 
     /// Whether something has come that [`Engine::next_event`] looks at.
     pub fn has_events(&mut self) -> bool {
-        self.ring.has_completions()
+        self.has_finished() || self.ring.has_completions()
     }
 
     /// Submits what has gathered and waits for at least one event.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use cleave_runtime::{GuestMemory, RingError, Segment};
 use cleave_storage::{Range, RangeOp, Transfer};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::Queue;
 use crate::request::{ID_LEN, Request, Status, Work, segments};
@@ -163,7 +163,7 @@ impl Queue<'_> {
     }
 
     fn finish(&mut self, head: u16, pending: Pending, status: Status) -> Result<(), RingError> {
-        self.vring.memory().map().write_obj(status as u8, pending.status)?;
+        self.vring.memory().write_obj(status as u8, pending.status)?;
         let written = if status == Status::Ok { pending.written } else { 0 };
         self.vring.push_used(head, written + 1)
     }
@@ -191,11 +191,18 @@ fn host_buffers(
 ) -> Result<(), vm_memory::GuestMemoryError> {
     buffers.clear();
     for segment in data {
-        for slice in memory.map().get_slices(segment.addr, segment.len as usize) {
-            let slice = slice?;
-            buffers
-                .push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+        let len = segment.len as usize;
+        if let Some(slice) = memory.slice(segment.addr, len) {
+            buffers.push(iovec(&slice));
+            continue;
+        }
+        for slice in memory.map().get_slices(segment.addr, len) {
+            buffers.push(iovec(&slice?));
         }
     }
     Ok(())
+}
+
+fn iovec(slice: &VolatileSlice<'_>) -> libc::iovec {
+    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
 }

@@ -1,6 +1,6 @@
 //! Descriptor chains (virtio 1.2, 2.7.5): read once, bounded, and whole or refused.
 
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::{Address, GuestAddress};
 
 use crate::memory::GuestMemory;
 
@@ -118,7 +118,7 @@ impl Table {
         }
         let at = self.addr.checked_add(u64::from(index) * DESCRIPTOR_LEN);
         let at = at.ok_or(vm_memory::GuestMemoryError::InvalidGuestAddress(self.addr))?;
-        let raw: u128 = memory.map().read_obj(at)?;
+        let raw: u128 = memory.read_obj(at)?;
         let raw = u128::from_le(raw);
         let segment = Segment { addr: GuestAddress(raw as u64), len: (raw >> 64) as u32 };
         Ok((segment, (raw >> 96) as u16, (raw >> 112) as u16))
