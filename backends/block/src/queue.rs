@@ -5,7 +5,7 @@
 //!                                                  `--the ring is broken--> broken --Stop--> draining
 //!
 //!   a turn:   fetch a few -> submit -> rest, if there is nothing more to fetch -> complete -> submit what is due
-//!   rest:     look for work (polling) -> ask for kicks -> sleep in the engine
+//!   rest:     look for work (polling) -> give way -> ask for kicks -> sleep in the engine
 //! ```
 //!
 //! Invariants: the thread waits in one place, [`Engine::wait`], for the disk, the kick and the session at once; a head is
@@ -14,6 +14,7 @@
 
 mod requests;
 mod waiting;
+mod way;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -27,6 +28,7 @@ use crate::disk::{Disk, OnFull};
 use crate::polling::Polling;
 use requests::Pending;
 use waiting::Waiting;
+use way::Way;
 
 /// Most complaints about one guest's requests, from one start of the queue to its stop.
 const MAX_COMPLAINTS: u32 = 8;
@@ -75,6 +77,7 @@ struct Queue<'e> {
     waiting: Waiting,
     /// Requests to be fetched in the next turn.
     batch: usize,
+    way: Way,
     /// The request being read.
     chain: Chain,
     buffers: Vec<libc::iovec>,
@@ -99,6 +102,7 @@ impl<'e> Queue<'e> {
             pending,
             waiting,
             batch: 1,
+            way: Way::new(),
             chain: Chain::default(),
             buffers: Vec::new(),
             kicks_wanted: true,
@@ -178,7 +182,10 @@ impl<'e> Queue<'e> {
         }
         for _ in 0..self.batch {
             match self.vring.next_head()? {
-                Some(head) => self.begin(head)?,
+                Some(head) => {
+                    self.way.fetched();
+                    self.begin(head)?;
+                }
                 None => break,
             }
         }
@@ -231,6 +238,10 @@ impl<'e> Queue<'e> {
     /// Kicks are asked for only here, when there is nothing left to see.
     fn sleep(&mut self) -> io::Result<()> {
         if self.fetches() {
+            // While the disk works, it is the disk that is waited for.
+            if self.engine.in_flight() == 0 && self.way.give() && self.vring.has_available().unwrap_or(true) {
+                return Ok(());
+            }
             self.kicks_wanted = true;
             let enabled = self.vring.enable_kicks();
             if self.check(enabled).unwrap_or(true) {
