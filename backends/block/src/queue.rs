@@ -19,12 +19,12 @@ use std::io;
 use std::time::Instant;
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Inbox, RingError, Vring};
+use cleave_runtime::{Chain, Command, Inbox, Polling, RingError, Vring};
 use cleave_storage::{Engine, Event, WatchId};
 use tracing::{debug, error, warn};
 
 use crate::disk::{Disk, OnFull};
-use crate::polling::Polling;
+
 use requests::Pending;
 use waiting::Waiting;
 
@@ -182,7 +182,7 @@ impl<'e> Queue<'e> {
 
     /// Hands over what has been fetched and waits for anything to happen: first with open eyes, if that has paid lately.
     fn rest(&mut self) -> io::Result<()> {
-        if let Some(limit) = self.polling.next() {
+        if let Some(limit) = self.polling.next_look() {
             let found = self.look(Instant::now() + limit)?;
             self.polling.looked(found);
             if found {

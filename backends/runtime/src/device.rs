@@ -9,6 +9,7 @@
 //! serves it on whatever thread it likes; a stopped one's belongs to the runtime. No lock is shared between them.
 
 use std::error::Error;
+use std::os::fd::BorrowedFd;
 
 use cleave_common::virtio::DeviceType;
 
@@ -28,7 +29,7 @@ pub trait Device {
     /// Entries of the largest queue this device serves, a power of two.
     fn max_queue_size(&self) -> u16;
 
-    /// What the guest acknowledged, a subset of [`Device::features`]. All queues are stopped.
+    /// What the guest acknowledged, a subset of [`Device::features`] and VERSION_1. All queues are stopped.
     fn ack_features(&mut self, features: u64);
 
     /// The whole config space. Reads past its end are answered with zeros.
@@ -58,6 +59,16 @@ pub trait Device {
     /// What it serves cannot be looked at, or has become something that cannot be served; nothing has changed then.
     fn reload(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
         Ok(false)
+    }
+
+    /// Readable when config space may have changed by itself: then [`Device::take_change`] is called.
+    fn change_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Empties what [`Device::change_fd`] reads from. `true` when config space has changed, of which the frontend is told.
+    fn take_change(&mut self) -> bool {
+        false
     }
 
     /// Back to the state before the first session. All queues are stopped.

@@ -13,6 +13,7 @@ mod inflight;
 mod log;
 mod notify;
 mod split;
+mod together;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -156,6 +156,28 @@ impl SplitRing {
         Ok(offset)
     }
 
+    /// As [`SplitRing::push_used`], for several at once: the guest sees all of them or none. Gives the offset of each.
+    pub(crate) fn push_used_together(
+        &mut self,
+        memory: &GuestMemory,
+        used: &[(u16, u32)],
+        mut pushed: impl FnMut(u64),
+    ) -> Result<(), RingError> {
+        let ring = self.addresses.used;
+        let mut next = self.next_used;
+        for (head, len) in used {
+            let element = u64::from(*head) | u64::from(*len) << 32;
+            let offset = HEADER_LEN + Self::ELEMENT_LEN * self.slot(next);
+            memory.map().write_slice(&element.to_le_bytes(), ring.unchecked_add(offset))?;
+            pushed(offset);
+            next += 1;
+        }
+        self.next_used = next;
+        // Release: the guest sees the elements, and the data, before the index.
+        memory.map().store(next.0.to_le(), ring.unchecked_add(2), Ordering::Release)?;
+        Ok(())
+    }
+
     /// Whether anything was pushed since [`SplitRing::should_signal`] was asked.
     pub(crate) fn has_unsignalled(&self) -> bool {
         self.signalled_used != self.next_used
