@@ -12,6 +12,7 @@ pub mod error;
 pub mod guest;
 pub mod kernel;
 pub mod lab;
+pub mod network;
 pub mod peers;
 pub mod survival;
 pub mod tools;
