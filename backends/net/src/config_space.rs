@@ -1,6 +1,7 @@
-//! Config space and feature bits of virtio-net (virtio 1.2, 5.1.3 and 5.1.4).
+//! Config space, feature bits and frame headers of virtio-net (virtio 1.2, 5.1.3, 5.1.4 and 5.1.6.1).
 
 use cleave_common::mac::MacAddress;
+use cleave_common::vhost_user::features::virtio::VERSION_1;
 
 /// Device feature bits.
 pub(crate) mod feature {
@@ -29,6 +30,15 @@ pub(crate) mod feature {
 
     /// Frames larger than the MTU may come to the guest.
     pub(crate) const GUEST_GSO: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_USO4 | GUEST_USO6;
+}
+
+/// Bytes of the header before a frame, with and without the count of buffers.
+pub(crate) const HEADER_LEN: u8 = 12;
+const LEGACY_HEADER_LEN: u8 = 10;
+
+/// Bytes of the header that a driver with these features puts before frames.
+pub(crate) fn header_len(features: u64) -> u8 {
+    if features & (VERSION_1 | feature::MRG_RXBUF) == 0 { LEGACY_HEADER_LEN } else { HEADER_LEN }
 }
 
 /// Bits of `status`.
@@ -72,5 +82,12 @@ mod tests {
         assert_eq!(config.bytes(), [0x52, 0x54, 0, 0x12, 0x34, 0x56, 1, 0, 4, 0, 0xdc, 5]);
         let config = ConfigSpace { link_up: false, announce: true, ..config };
         assert_eq!(config.bytes()[6..8], [2, 0]);
+    }
+
+    #[test]
+    fn the_header_has_a_count_of_buffers_unless_the_driver_is_old() {
+        assert_eq!(header_len(VERSION_1), 12);
+        assert_eq!(header_len(feature::MRG_RXBUF), 12);
+        assert_eq!(header_len(0), 10);
     }
 }

@@ -12,6 +12,7 @@
 //!
 //! Invariant: pair 0 is attached as long as the device exists.
 
+mod error;
 pub(crate) mod ioctl;
 mod link;
 
@@ -19,26 +20,19 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
-use cleave_common::exit::{ExitCode, Failure};
-use cleave_common::vhost_user::features::virtio::VERSION_1;
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use tracing::{debug, info, warn};
 
 use crate::buffers::GuestBuffers;
-use crate::config_space::feature;
+use crate::config_space::{feature, header_len};
 use crate::port::Port;
+pub(crate) use error::TapError;
 use link::{Change, Link, Links};
 
 /// The mark of taps that were made here: their alias.
 const MARK: &str = "made by cleave-net";
 
-const TUN: &str = "/dev/net/tun";
-
 const DEFAULT_MTU: u16 = 1500;
-
-/// Bytes of a virtio-net header, with and without the count of buffers (virtio 1.2, 5.1.6.1).
-pub(crate) const HEADER_LEN: u8 = 12;
-pub(crate) const LEGACY_HEADER_LEN: u8 = 10;
 
 /// Which tap.
 #[derive(Debug)]
@@ -47,76 +41,6 @@ pub(crate) enum TapSource {
     Name(String, u16),
     /// Queues of one, that whoever started this process has opened.
     Inherited(Vec<OwnedFd>),
-}
-
-/// Why there is no tap.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum TapError {
-    #[error("{TUN} cannot be opened: {}", tun_advice(.0))]
-    NoTun(#[source] io::Error),
-    #[error(
-        "there is no tap device {0}, and making one takes CAP_NET_ADMIN: run this as root, or have root make it first: \
-         ip tuntap add dev {0} mode tap multi_queue user USER && ip link set {0} up"
-    )]
-    MayNotMake(String),
-    #[error(
-        "{0} is not this user's, and CAP_NET_ADMIN is missing: run this as root, or give it to the user ('ip tuntap add ... user USER')"
-    )]
-    MayNotOpen(String),
-    #[error("the tap device {0} is in use by another program: use another one, or end that program")]
-    InUse(String),
-    #[error(
-        "{0} is no tap device that this can use: it is of another kind, or was made with 'multi_queue' missing and is to have more queues than one"
-    )]
-    WrongKind(String),
-    #[error("{name} cannot be opened with {pairs} queues")]
-    Open { name: String, pairs: u16, source: io::Error },
-    #[error("--tap-fd: {0}")]
-    Inherited(String),
-    #[error("network interfaces cannot be looked at")]
-    Links(#[source] io::Error),
-    #[error("there is no bridge {0}: make it first: ip link add {0} type bridge && ip link set {0} up")]
-    NoBridge(String),
-    #[error("{tap} is a port of another bridge than {bridge}: take it out first: ip link set {tap} nomaster")]
-    OtherBridge { tap: String, bridge: String },
-    #[error("{tap} cannot become a port of {bridge}{}", needs_admin(source))]
-    Bridge { tap: String, bridge: String, source: io::Error },
-    #[error("the MTU of {tap} cannot be set to {mtu}{}", needs_admin(source))]
-    Mtu { tap: String, mtu: u16, source: io::Error },
-    #[error("{tap} cannot be set up")]
-    SetUp { tap: String, source: io::Error },
-}
-
-fn tun_advice(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::NotFound => {
-            "this kernel has no TUN/TAP driver loaded (modprobe tun), or this container no such device"
-        }
-        io::ErrorKind::PermissionDenied => {
-            "this user may not (it is for all users on most systems: chmod 0666)"
-        }
-        _ => "",
-    }
-}
-
-fn needs_admin(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => ": that takes CAP_NET_ADMIN; root can do it beforehand",
-        _ => "",
-    }
-}
-
-impl From<TapError> for Failure {
-    fn from(error: TapError) -> Self {
-        let code = match &error {
-            TapError::Inherited(_)
-            | TapError::WrongKind(_)
-            | TapError::NoBridge(_)
-            | TapError::OtherBridge { .. } => ExitCode::Usage,
-            _ => ExitCode::Host,
-        };
-        Self::new(code, error)
-    }
 }
 
 /// One tap device.
@@ -277,7 +201,7 @@ fn open_queues(name: &str, pairs: u16, exists: bool) -> Result<Vec<OwnedFd>, Tap
     let mut multi = ioctl::IFF_MULTI_QUEUE;
     while queues.len() < usize::from(pairs) {
         let access = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let queue = open(TUN, access, Mode::empty()).map_err(|errno| TapError::NoTun(errno.into()))?;
+        let queue = open(error::TUN, access, Mode::empty()).map_err(|errno| TapError::NoTun(errno.into()))?;
         let mut made = ioctl::set_interface(&queue, name, flags | multi);
         let wrong = |made: &io::Result<()>| {
             made.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
@@ -321,11 +245,6 @@ fn offload(features: u64) -> u32 {
     }
     let segments_tcp = offload & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) != 0;
     offload | if has(feature::GUEST_ECN) && segments_tcp { libc::TUN_F_TSO_ECN } else { 0 }
-}
-
-/// Bytes of the header that a guest with these features puts before frames.
-pub(crate) fn header_len(features: u64) -> u8 {
-    if features & (VERSION_1 | feature::MRG_RXBUF) == 0 { LEGACY_HEADER_LEN } else { HEADER_LEN }
 }
 
 /// Whether the error says that a queue is detached, or its interface gone.
@@ -420,12 +339,5 @@ mod tests {
         let tcp = f::GUEST_CSUM | f::GUEST_TSO6 | f::GUEST_ECN;
         assert_eq!(offload(tcp), libc::TUN_F_CSUM | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN);
         assert_eq!(offload(u64::MAX), 0x6f);
-    }
-
-    #[test]
-    fn the_header_has_a_count_of_buffers_unless_the_driver_is_old() {
-        assert_eq!(header_len(VERSION_1), 12);
-        assert_eq!(header_len(feature::MRG_RXBUF), 12);
-        assert_eq!(header_len(0), 10);
     }
 }

@@ -116,6 +116,7 @@ fn tcp(rig: &Rig) -> Outcome<()> {
     eprintln!("64 MiB to the guest in {there:?}, back in {:?}, {KILLS} kills", begun.elapsed() - there);
     vm.send(&format!("ping -c 3 -i 0.2 -W 5 {HOST}"))?;
     vm.expect("3 packets transmitted, 3 received", SOON)?;
+    link_follows(&mut vm)?;
     vm.send("systemctl poweroff")?;
     vm.finish(SYSTEMD_BOOT)?;
     if run("ip link show tap0").is_ok() {
@@ -146,6 +147,18 @@ fn looks_right(vm: &mut Vm) -> Outcome<()> {
         2 => Ok(()),
         other => Err(format!("two pairs of queues are to be there and in use ({other}):\n{said}")),
     }
+}
+
+/// The guest's link is up or down as the tap device is.
+fn link_follows(vm: &mut Vm) -> Outcome<()> {
+    for (word, carrier, mark) in [("down", 0, 81), ("up", 1, 100)] {
+        run(&format!("ip link set tap0 {word}"))?;
+        vm.send(&format!(
+            "until [ \"$(cat /sys/class/net/$n/carrier)\" = {carrier} ]; do sleep 0.1; done; echo LINK-$(({mark} + 1))."
+        ))?;
+        vm.expect(&format!("LINK-{}.", mark + 1), SOON)?;
+    }
+    Ok(())
 }
 
 /// Ends the machine's network daemon `count` times, each time another one.

@@ -16,10 +16,9 @@ use tracing::debug;
 
 use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
 use crate::buffers::{GuestBuffers, MAX_BUFFERS};
-use crate::config_space::feature;
+use crate::config_space::{HEADER_LEN, feature, header_len};
 use crate::filter::{ETHERNET_HEADER, Filter, LOOK_AT};
 use crate::shared::Shared;
-use crate::tap::{HEADER_LEN, header_len};
 
 /// The largest frame, with a VLAN tag: one that is to be segmented.
 const MAX_FRAME: usize = 65535 + ETHERNET_HEADER + 4;

@@ -9,9 +9,9 @@ use tracing::debug;
 
 use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
 use crate::buffers::GuestBuffers;
+use crate::config_space::header_len;
 use crate::filter::ETHERNET_HEADER;
 use crate::shared::Shared;
-use crate::tap::header_len;
 
 /// Most bytes of a frame with its header: one that is to be segmented, with a VLAN tag.
 const MAX_LEN: usize = 12 + ETHERNET_HEADER + 4 + 65535;
