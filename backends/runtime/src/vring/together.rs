@@ -48,3 +48,35 @@ impl Vring {
         self.ring.next_avail() == 0 && self.ring.next_used() == 0 && self.resubmit.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cleave_common::vhost_user::Inflight;
+
+    use crate::vring::{Found, InflightArea, QueueIndex};
+
+    #[test]
+    fn wherever_it_dies_all_of_a_batch_were_used_or_none() {
+        // 0: before the used index moved; then after so many of the region's own steps.
+        for steps in 0..=4 {
+            let wanted = Inflight { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: 16 };
+            let (made, fd) = InflightArea::create(wanted, 1).unwrap();
+            let queue = || {
+                let area = InflightArea::map(made, fd.try_clone().unwrap(), 1).unwrap();
+                area.queue(QueueIndex(0)).unwrap()
+            };
+            let mut first = queue();
+            first.attach(16, 65534).unwrap();
+            for head in [4, 7, 1, 0] {
+                first.fetched(head).unwrap();
+            }
+            let batch = [4, 7, 1];
+            batch.iter().for_each(|head| first.before_used(*head).unwrap());
+            for (step, head) in (2..).zip(batch).take_while(|(step, _)| *step <= steps) {
+                first.after_used(head, if step == 4 { 1 } else { 65534 }).unwrap();
+            }
+            let (used_idx, left) = if steps == 0 { (65534, vec![4, 7, 1, 0]) } else { (1, vec![0]) };
+            assert_eq!(queue().attach(16, used_idx).unwrap(), Found::Used(left), "{steps}");
+        }
+    }
+}
