@@ -17,7 +17,7 @@ use cleave_runtime::cpus::{self, CpusError};
 use cleave_runtime::{Device, QueueIndex, QueueThread, Vring};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
-use crate::config_space::{ConfigSpace, feature};
+use crate::config_space::feature;
 use crate::port::Port;
 use crate::queue::{Waiter, control, receive, transmit};
 use crate::shared::Shared;
@@ -71,8 +71,6 @@ pub(crate) struct Net {
     threads: Vec<QueueThread>,
     /// An epoll set of all that says that config space may have changed.
     changes: OwnedFd,
-    /// What the frontend was told last.
-    told: ConfigSpace,
 }
 
 impl Net {
@@ -86,8 +84,7 @@ impl Net {
         }
         threads.push(spawn(&shared, Role::Control, None)?);
         let changes = watch_changes(&shared)?;
-        let told = shared.config();
-        Ok(Self { shared, max_queue_size, threads, changes, told })
+        Ok(Self { shared, max_queue_size, threads, changes })
     }
 
     fn pairs(&self) -> u16 {
@@ -219,9 +216,7 @@ impl Device for Net {
     }
 
     fn take_change(&mut self) -> bool {
-        self.shared.look_again();
-        let config = self.shared.config();
-        std::mem::replace(&mut self.told, config) != config
+        self.shared.look_again()
     }
 
     fn reset(&mut self) {

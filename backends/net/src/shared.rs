@@ -228,12 +228,15 @@ impl Shared {
         self.changed.as_fd()
     }
 
-    pub(crate) fn look_again(&self) {
-        let _ = rustix::io::read(&self.changed, &mut [0; 8]);
+    /// Whether it has changed, though perhaps back again.
+    pub(crate) fn look_again(&self) -> bool {
+        let told = rustix::io::read(&self.changed, &mut [0; 8]).is_ok();
         let up = self.port.link_is_up();
-        if std::mem::replace(&mut self.state().link_up, up) != up {
+        let changed = std::mem::replace(&mut self.state().link_up, up) != up;
+        if changed {
             debug!("the link is {}", if up { "up" } else { "down" });
         }
+        told || changed
     }
 
     pub(crate) fn nudge_fd(&self, pair: u16) -> BorrowedFd<'_> {

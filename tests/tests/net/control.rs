@@ -1,6 +1,11 @@
 //! The control queue (virtio 1.2, 5.1.6.5), and config space.
 
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Instant;
+
+use cleave_common::vhost_user::FrontendRequest as Request;
 
 use super::*;
 
@@ -173,4 +178,31 @@ fn commands_of_no_sense_are_answered_and_the_next_one_is_done() {
         "nobody has asked for an announcement, and none is too many"
     );
     assert_eq!(driver.control(0, 0, &[0]).unwrap(), 0);
+}
+
+#[test]
+fn the_frontend_is_told_when_config_space_changes() {
+    let Some((_net, mut driver)) = start_with_driver(&[]) else { return };
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    driver.frontend.tell(Request::SetBackendReqFd, &(), &[theirs.as_fd()]).unwrap();
+    ours.set_read_timeout(Some(SOON)).unwrap();
+    let told = |what: &str| {
+        let mut header = [0; 12];
+        (&ours).read_exact(&mut header).expect(what);
+        // BACKEND_CONFIG_CHANGE_MSG, version 1, no payload.
+        assert_eq!(header, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], "{what}");
+    };
+    network::ip("link set tap0 down");
+    told("the link went down");
+    assert_eq!(config(&mut driver).1, 0);
+    network::ip("link set tap0 up");
+    told("the link came up");
+    assert_eq!(config(&mut driver).1, 1);
+    assert_eq!(driver.control(1, 1, &[2, 0, 0, 0, 0, 9]).unwrap(), 0);
+    told("another address");
+    // Other interfaces are nothing to it, and neither are commands that change nothing that can be read.
+    network::ip("link add br7 type bridge");
+    assert_eq!(driver.control(0, 0, &[0]).unwrap(), 0);
+    ours.set_read_timeout(Some(A_WHILE)).unwrap();
+    assert!((&ours).read(&mut [0; 12]).is_err());
 }
