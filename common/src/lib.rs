@@ -7,6 +7,7 @@ pub mod cli;
 pub mod cpus;
 pub mod exit;
 pub mod logging;
+pub mod mac;
 pub mod options;
 pub mod sandbox;
 pub mod size;

@@ -13,6 +13,7 @@ pub mod guest;
 pub mod interruption;
 pub mod kernel;
 pub mod lab;
+pub mod network;
 pub mod peers;
 pub mod survival;
 pub mod tools;

@@ -12,10 +12,10 @@ use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
 use cleave_storage::{CacheMode, Engine, EngineError, Image, ImageError};
 
 use crate::config_space::{ConfigSpace, WRITEBACK, feature};
-use crate::cpus::{self, CpusError};
 use crate::disk::{Disk, OnFull};
 use crate::queue;
 use crate::throttle::Throttle;
+use cleave_runtime::cpus::{self, CpusError};
 
 /// Most data buffers in one request: what fits into a queue of 128 entries beside header and status, so that a guest
 /// without indirect descriptors never gets stuck.

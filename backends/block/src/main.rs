@@ -1,10 +1,8 @@
 //! cleave-block: a virtio-blk device (virtio 1.2, 5.2) as a vhost-user daemon.
 
 mod config_space;
-mod cpus;
 mod device;
 mod disk;
-mod polling;
 mod queue;
 mod request;
 mod sandbox;
@@ -193,7 +191,7 @@ fn run(args: Args) -> Result<(), Failure> {
     let (format, cache) = (args.format.into(), args.cache.into());
     let options = ImageOptions { path, format, read_only: args.read_only, cache };
     let image = Image::open(&options).map_err(BlockError::from)?;
-    args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(BlockError::from)?;
+    args.cpus.as_ref().map_or(Ok(()), cleave_runtime::cpus::check).map_err(BlockError::from)?;
     let endpoint = socket.open()?;
     let sandbox =
         Sandbox { program: "cleave-block", mode, syscalls: sandbox::SYSCALLS, ..Sandbox::default() };

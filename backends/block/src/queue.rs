@@ -20,12 +20,11 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Inbox, RingError, Stop, Vring};
+use cleave_runtime::{Chain, Command, Inbox, Polling, RingError, Stop, Vring};
 use cleave_storage::{Engine, Event, WatchId};
 use tracing::{debug, error, warn};
 
 use crate::disk::{Disk, OnFull};
-use crate::polling::Polling;
 use requests::Pending;
 use waiting::Waiting;
 use way::Way;
@@ -211,7 +210,7 @@ impl<'e> Queue<'e> {
 
     /// Hands over what has been fetched and waits for anything to happen: first with open eyes, if that has paid lately.
     fn rest(&mut self) -> io::Result<()> {
-        if let Some(limit) = self.polling.next() {
+        if let Some(limit) = self.polling.next_look() {
             self.engine.poll()?;
             // What the kernel did at once says nothing about waiting.
             if self.engine.has_events() {

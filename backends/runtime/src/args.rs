@@ -1,12 +1,12 @@
 //! The command line that every device daemon has (vhost-user, "Backend program conventions").
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use clap::Args;
 
 use crate::sandbox::SandboxMode;
-use crate::socket::{Endpoint, Listener, SocketError, close_inherited};
+use crate::socket::{Endpoint, Listener, SocketError, close_inherited, take_inherited};
 
 /// Flags that every daemon shares; flatten them into its own.
 #[derive(Debug, Args)]
@@ -42,13 +42,32 @@ enum Claim {
 impl CommonArgs {
     /// Takes what was inherited, and closes what else was. Call it before the process opens anything of its own.
     pub fn claim_socket(self) -> Result<SocketClaim, SocketError> {
-        close_inherited(self.fd);
-        match (self.socket_path, self.fd) {
+        self.claim_socket_and(&[]).map(|(claim, _)| claim)
+    }
+
+    /// As [`CommonArgs::claim_socket`], and takes the descriptors `others` beside it; `None` for one that is not open.
+    pub fn claim_socket_and(
+        self,
+        others: &[RawFd],
+    ) -> Result<(SocketClaim, Vec<Option<OwnedFd>>), SocketError> {
+        let kept: Vec<RawFd> = others.iter().copied().chain(self.fd).collect();
+        close_inherited(&kept);
+        let mut taken: Vec<RawFd> = self.fd.into_iter().collect();
+        let others = others
+            .iter()
+            .map(|fd| {
+                let again = taken.contains(fd);
+                taken.push(*fd);
+                if again { None } else { take_inherited(*fd) }
+            })
+            .collect();
+        let claim = match (self.socket_path, self.fd) {
             (Some(path), _) => Ok(SocketClaim(Claim::Listen(path))),
             (None, fd) => {
                 Endpoint::inherited(fd.unwrap_or(-1)).map(|endpoint| SocketClaim(Claim::Inherited(endpoint)))
             }
-        }
+        };
+        claim.map(|claim| (claim, others))
     }
 }
 

@@ -9,6 +9,7 @@
 //! serves it on whatever thread it likes; a stopped one's belongs to the runtime. No lock is shared between them.
 
 use std::error::Error;
+use std::os::fd::BorrowedFd;
 
 use cleave_common::virtio::DeviceType;
 
@@ -38,7 +39,7 @@ pub trait Device {
     /// Entries of the largest queue this device serves, a power of two.
     fn max_queue_size(&self) -> u16;
 
-    /// What the guest acknowledged, a subset of [`Device::features`]. All queues are stopped.
+    /// What the guest acknowledged, a subset of [`Device::features`] and VERSION_1. All queues are stopped.
     fn ack_features(&mut self, features: u64);
 
     /// The whole config space. Reads past its end are answered with zeros.
@@ -71,6 +72,16 @@ pub trait Device {
 
     /// SIGUSR1: how it is, in one line for a person: what is in flight, what was served. Queues may be running.
     fn report(&self) -> String;
+
+    /// Readable when config space may have changed by itself: then [`Device::take_change`] is called.
+    fn change_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Empties what [`Device::change_fd`] reads from. `true` when config space has changed, of which the frontend is told.
+    fn take_change(&mut self) -> bool {
+        false
+    }
 
     /// Back to the state before the first session. All queues are stopped.
     fn reset(&mut self);

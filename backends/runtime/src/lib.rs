@@ -5,10 +5,12 @@
 
 mod args;
 mod backend_channel;
+pub mod cpus;
 mod device;
 mod dirty_log;
 mod footprint;
 mod memory;
+mod polling;
 mod queue_thread;
 mod sandbox;
 mod server;
@@ -21,6 +23,7 @@ mod vring;
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
 pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};
+pub use polling::Polling;
 pub use queue_thread::{Command, Inbox, QueueThread};
 pub use sandbox::{Confined, Sandbox, SandboxError, SandboxMode};
 pub use server::run;

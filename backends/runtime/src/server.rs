@@ -36,6 +36,8 @@ const SHORTAGE_PAUSE: Duration = Duration::from_millis(300);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
     Signal,
+    /// The device may have changed.
+    Change,
     Frontend,
     Knock,
     GraceOver,
@@ -120,7 +122,7 @@ fn next_frontend(
     let mut pause = None;
     loop {
         let knocking = Some(listener).filter(|_| pause.is_none());
-        match wait(administrator.signals, None, knocking, pause)? {
+        match wait(administrator.signals, device.change_fd(), None, knocking, pause)? {
             Event::Signal => match administrator.signals.take() {
                 Some(Asked::End) => return Ok(None),
                 Some(Asked::Reload) => {
@@ -136,6 +138,9 @@ fn next_frontend(
                 Knock::Nobody => {}
                 Knock::Shortage => pause = Some(Instant::now() + SHORTAGE_PAUSE),
             },
+            Event::Change => {
+                device.take_change();
+            }
             Event::GraceOver => pause = None,
             Event::Frontend => {}
         }
@@ -181,14 +186,15 @@ fn serve(
     loop {
         // While one waits, others stay in the backlog.
         let knocking = listener.filter(|_| second.is_none());
-        match wait(administrator.signals, Some(&channel), knocking, second.as_ref().map(|(_, until)| *until))?
-        {
+        let deadline = second.as_ref().map(|(_, until)| *until);
+        match wait(administrator.signals, session.change_fd(), Some(&channel), knocking, deadline)? {
             Event::Signal => match administrator.signals.take() {
                 Some(Asked::End) => return Ok(End::Terminate),
                 Some(Asked::Reload) => session.reload(),
                 Some(Asked::Report) => administrator.tell(&session.report()),
                 None => {}
             },
+            Event::Change => session.take_change(),
             Event::Knock => {
                 let Some(listener) = knocking else { continue };
                 second = match accept(listener)? {
@@ -230,12 +236,14 @@ fn handle_one(session: &mut Session<'_>, channel: &mut Channel) -> bool {
 /// for its successor's sake.
 fn wait(
     signals: &Signals,
+    change: Option<BorrowedFd<'_>>,
     channel: Option<&Channel>,
     listener: Option<&Listener>,
     deadline: Option<Instant>,
 ) -> Result<Event, Failure> {
-    let sources: [Option<(BorrowedFd<'_>, Event)>; 3] = [
+    let sources: [Option<(BorrowedFd<'_>, Event)>; 4] = [
         Some((signals.as_fd(), Event::Signal)),
+        change.map(|fd| (fd, Event::Change)),
         channel.map(|channel| (channel.as_fd(), Event::Frontend)),
         listener.map(|listener| (listener.as_fd(), Event::Knock)),
     ];

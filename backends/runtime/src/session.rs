@@ -13,7 +13,7 @@
 
 mod rings;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -176,7 +176,25 @@ impl<'d> Session<'d> {
 
     /// SIGHUP: the device looks at what it serves, and the frontend learns of what has changed.
     pub(crate) fn reload(&mut self) {
-        if reload(self.device) && self.protocol_features & protocol::CONFIG != 0 {
+        if reload(self.device) {
+            self.config_changed();
+        }
+    }
+
+    /// Readable when the device may have changed by itself.
+    pub(crate) fn change_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.device.change_fd()
+    }
+
+    /// The device may have changed by itself.
+    pub(crate) fn take_change(&mut self) {
+        if self.device.take_change() {
+            self.config_changed();
+        }
+    }
+
+    fn config_changed(&mut self) {
+        if self.protocol_features & protocol::CONFIG != 0 {
             self.backend_channel.config_changed();
         }
     }
@@ -269,8 +287,9 @@ impl<'d> Session<'d> {
         debug!("acked features {features:#x}");
         self.pause_rings();
         self.acked_features = features;
-        let of_device = features & !(RING_FEATURES | VHOST_FEATURES);
-        self.device.ack_features(of_device);
+        // VERSION_1 is of the ring's layout and of the requests' too.
+        let of_runtime = RING_FEATURES & !virtio::VERSION_1 | VHOST_FEATURES;
+        self.device.ack_features(features & !of_runtime);
         if features & virtio::PROTOCOL_FEATURES == 0 {
             self.rings.iter_mut().for_each(RingSlot::enable);
         }

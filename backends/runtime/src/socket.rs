@@ -117,33 +117,35 @@ impl Endpoint {
     }
 }
 
-/// Closes every descriptor but the standard streams and `keep`: what whoever started this process left open by mistake is
-/// nothing that a guest should be able to reach.
+/// Closes every descriptor but the standard streams and those to `keep`: what whoever started this process left open by
+/// mistake is nothing that a guest should be able to reach.
 #[expect(unsafe_code, reason = "descriptors are numbers until somebody owns them")]
-pub(crate) fn close_inherited(keep: Option<RawFd>) {
+pub(crate) fn close_inherited(keep: &[RawFd]) {
     let close = |first: u32, last: u32| {
         if first <= last {
             // SAFETY: nothing in this process owns a descriptor yet. A kernel without this call closes none.
             unsafe { libc::close_range(first, last, 0) };
         }
     };
-    match keep.and_then(|keep| u32::try_from(keep).ok()).filter(|keep| *keep > 2) {
-        Some(keep) => {
-            close(3, keep - 1);
-            close(keep.saturating_add(1), u32::MAX);
-        }
-        None => close(3, u32::MAX),
+    let mut keep: Vec<u32> =
+        keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd > 2).collect();
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep {
+        close(first, fd.saturating_sub(1));
+        first = fd.saturating_add(1);
     }
+    close(first, u32::MAX);
 }
 
 #[expect(unsafe_code, reason = "an inherited descriptor is a number until somebody owns it")]
-fn take_inherited(fd: RawFd) -> Option<OwnedFd> {
+pub(crate) fn take_inherited(fd: RawFd) -> Option<OwnedFd> {
     // 0 to 2 are the standard streams, which the process itself uses.
     if fd <= 2 {
         return None;
     }
     // SAFETY: only borrowed to ask the kernel whether it is open.
     let open = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok();
-    // SAFETY: it is open, and was before any of our own: `--fd` is read first in main, so nothing here owns it.
+    // SAFETY: it is open, and was before any of our own: these are taken first in main, each once, so nothing owns it.
     open.then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }

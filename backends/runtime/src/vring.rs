@@ -14,6 +14,7 @@ mod log;
 mod notify;
 mod part;
 mod split;
+mod together;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -177,8 +177,9 @@ impl Drop for Daemon {
     }
 }
 
+/// In the network of this thread, which may be one of its own.
 fn listens(socket: &Path) -> bool {
-    let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let table = fs::read_to_string("/proc/thread-self/net/unix").unwrap_or_default();
     // Flags 00010000: the socket accepts connections.
     table.lines().any(|line| line.ends_with(&format!(" {}", socket.display())) && line.contains(" 00010000 "))
 }

@@ -14,6 +14,7 @@ mod inflight;
 mod load;
 mod log;
 mod memory;
+mod net;
 mod process;
 mod queue;
 
@@ -29,6 +30,7 @@ pub use inflight::InflightRegion;
 pub use load::{Beside, Extent, Ledger, Load, Report};
 pub use log::DirtyLog;
 pub use memory::GuestRam;
+pub use net::{Frame, HEADER_LEN, NetDriver};
 pub use process::Process;
 pub use queue::{Buffer, Flags, SplitQueue, Vring};
 

@@ -4,6 +4,7 @@
 #   cleave.check=1|reboot   reboot: once, before the check
 #   cleave.cpus=N           vCPUs
 #   cleave.memory=N         MiB given to the guest; the kernel keeps some of them
+#   cleave.net=A/N,GATEWAY  the network device's address, and who answers there
 failures=0
 say() { echo "cleave-check: $*"; }
 verdict() { # STATUS WORDS...
@@ -46,6 +47,25 @@ check_block() { # NAME
     fi
 }
 
+check_net() { # NAME
+    ip link set "$1" up
+    mtu=$(cat "/sys/class/net/$1/mtu")
+    queues=$(ls -d "/sys/class/net/$1/queues"/rx-* | wc -l)
+    on=$(ethtool -k "$1" | sed -n 's/^\(tx-checksumming\|tcp-segmentation-offload\|rx-checksumming\): on.*/\1/p' | wc -l)
+    offloads=$([ "$on" = 3 ] && echo "offloads on" || echo "offloads: $on of 3 on")
+    gateway=$(expected net '')
+    case $gateway in
+    *,*)
+        ping -q -c 3 -i 0.2 -W 5 "${gateway#*,}" >/dev/null
+        verdict $? "net $1: MTU $mtu, queues: $queues, $offloads, ${gateway#*,} answers"
+        ;;
+    *)
+        [ "$(cat "/sys/class/net/$1/carrier")" = 1 ]
+        verdict $? "net $1: MTU $mtu, queues: $queues, $offloads, link up"
+        ;;
+    esac
+}
+
 check_virtio() { # DIRECTORY
     name=${1##*/}
     if [ ! -e "$1/driver" ]; then
@@ -56,6 +76,8 @@ check_virtio() { # DIRECTORY
     block=$(ls "$1/block" 2>/dev/null)
     if [ -n "$block" ]; then
         check_block "$block"
+    elif [ "$driver" = virtio_net ]; then
+        check_net "$(ls "$1/net")"
     elif [ "$driver" = virtio_rng ]; then
         [ "$(head -c 64 /dev/hwrng | wc -c)" = 64 ]
         verdict $? "rng $name: 64 bytes from /dev/hwrng"

@@ -6,7 +6,7 @@ directory=$1 sources=$2 check=$3 unit=$4
 root=$directory/root
 
 mmdebstrap --quiet --variant=minbase \
-    --include=systemd-sysv,udev,dbus,login,kmod,procps,iproute2,pciutils,e2fsprogs,fio,linux-image-cloud-amd64 \
+    --include=systemd-sysv,udev,dbus,login,kmod,procps,iproute2,iputils-ping,ethtool,pciutils,e2fsprogs,fio,linux-image-cloud-amd64 \
     --aptopt='Acquire::Languages "none"' \
     --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -22,6 +22,34 @@ rm -f "$root"/etc/systemd/system/timers.target.wants/apt-daily*.timer "$root"/et
 install -m 755 "$check" "$root/usr/local/sbin/cleave-check"
 install -m 644 "$unit" "$root/etc/systemd/system/cleave-check.service"
 mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
+# The address that the kernel command line has for the network device: cleave.net=ADDRESS/BITS[,GATEWAY]
+cat >"$root/usr/local/sbin/cleave-network" <<'END'
+#!/bin/sh
+value=$(tr ' ' '\n' </proc/cmdline | sed -n 's/^cleave\.net=//p')
+address=${value%%,*} gateway=${value#*,}
+for device in /sys/bus/virtio/drivers/virtio_net/virtio*/net/*; do
+    ip link set "${device##*/}" up && ip address add "$address" dev "${device##*/}"
+    [ "$gateway" = "$value" ] || ip route add default via "$gateway"
+    break
+done
+END
+chmod 755 "$root/usr/local/sbin/cleave-network"
+cat >"$root/etc/systemd/system/cleave-network.service" <<'END'
+[Unit]
+Description=Network address from the kernel command line
+ConditionKernelCommandLine=|cleave.net
+After=systemd-udev-settle.service
+Wants=systemd-udev-settle.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/sbin/cleave-network
+
+[Install]
+WantedBy=multi-user.target
+END
+ln -s ../cleave-network.service "$root/etc/systemd/system/multi-user.target.wants/cleave-network.service"
 ln -s ../cleave-check.service "$root/etc/systemd/system/multi-user.target.wants/cleave-check.service"
 
 cp "$root"/boot/vmlinuz-* "$directory/vmlinuz"

@@ -8,6 +8,7 @@ mod daemons;
 mod debian;
 mod disks;
 mod faults;
+mod network;
 mod refusals;
 mod rig;
 mod survival;
@@ -36,8 +37,17 @@ use rig::Rig;
 const INSIDE: &str = "CLEAVE_E2E_INSIDE";
 
 /// The modules above that hold cases, as filters; those that take long come first.
-const GROUPS: &[&str] =
-    &["survival::", "debian::", "boots::", "daemons::", "faults::", "disks::", "refusals::", "uarts::"];
+const GROUPS: &[&str] = &[
+    "survival::",
+    "debian::",
+    "network::",
+    "boots::",
+    "daemons::",
+    "faults::",
+    "disks::",
+    "refusals::",
+    "uarts::",
+];
 
 /// Of a lab machine: the largest guest has 4 GiB.
 const MEMORY: ByteSize = ByteSize(6 << 30);
@@ -54,6 +64,7 @@ fn cases() -> Vec<Case> {
         faults::CASES,
         refusals::CASES,
         survival::CASES,
+        network::CASES,
     ]
     .concat()
 }

@@ -12,7 +12,9 @@ use clap::{Args, Parser, Subcommand};
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
 
-use crate::config::{self, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, Settings, UartConfig};
+use crate::config::{
+    self, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Settings, UartConfig,
+};
 
 /// Bytes of a configuration file: more is no description of a machine.
 const MOST_CONFIG: u64 = 1 << 20;
@@ -34,6 +36,9 @@ Examples:
   A Debian machine with its disk in a daemon that cleave starts:
     cleave run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda console=ttyS0' \\
         --memory 2G --cpus 2 --disk debian.raw
+  The same on a network, its tap device made for it on the bridge br0 (as root):
+    cleave run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda console=ttyS0' \\
+        --disk debian.raw --net tap=tap0,bridge=br0,mac=52:54:00:12:34:56
   A disk and a random number generator served by daemons that someone else runs:
     cleave run --kernel vmlinuz --device type=block,socket=/run/disk.sock \\
         --device type=rng,socket=/run/rng.sock,wait=2min
@@ -109,6 +114,18 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH|KEYS", value_parser = |text: &str| options::parse::<DiskConfig>(text, Some("path")))]
     disk: Vec<DiskConfig>,
 
+    /// Add a network device, on a tap device by a cleave-net that is started for it:
+    /// tap=NAME[,bridge=NAME][,mac=ADDRESS][,mtu=BYTES][,queues=N][,poll-us=N][,cpus=LIST][,id=NAME]
+    /// [,restart=always|on-failure|never][,restart-limit=N];
+    /// or by a daemon that someone else runs: socket=PATH[,wait=30s][,queues=N][,id=NAME]; or none [default: none]
+    ///
+    /// The tap device is opened if there is one of that name, else made (that takes CAP_NET_ADMIN) and removed in the end.
+    /// bridge= makes it a port of that bridge. mac= is the guest's address; one that follows from this host and the tap's
+    /// name unless given. queues= is the number of pairs of queues, 1 unless given. A daemon that ends is started again,
+    /// as with --disk. none leaves out those that the configuration file asks for.
+    #[arg(long, value_name = "KEYS|none", value_parser = |text: &str| options::parse::<NetConfig>(text, Some("kind")))]
+    net: Vec<NetConfig>,
+
     /// Attach a vhost-user daemon that someone else runs:
     /// type=NAME|NUMBER,socket=PATH[,wait=30s][,queues=N][,id=NAME]
     ///
@@ -157,6 +174,7 @@ impl RunArgs {
             uart: self.uart,
             sandbox: self.sandbox,
             disk: self.disk,
+            net: self.net,
             device: self.device,
         };
         base.overridden_by(flags).validate().map_err(Failure::usage)

@@ -53,6 +53,10 @@ fn a_mistake_is_one_line_that_names_the_nearest_word() {
             &["--disk", "x,throttle.bps_total=5"],
             "throttle: unknown key 'bps_total' (did you mean 'bps-total'?)",
         ),
+        (&["--net", "non"], "'non' is not one of: none (did you mean 'none'?)"),
+        (&["--net", "tap=a,restart=never,restart-limit=2"], "leave one of them out"),
+        (&["--net", "tpa=tap0"], "did you mean 'tap'?"),
+        (&["--net", "tap=a,mac=52:54"], "mac: '52:54' is no Ethernet address"),
         (&["--device", "type=rng"], "'socket=' is missing"),
         (&["--device", "type=rgn,socket=x"], "did you mean 'rng'?"),
     ] {
@@ -86,7 +90,7 @@ fn a_file_that_is_none_is_named() {
     assert_eq!(
         refuse(b"cpus = 2\nkernal = 'x'\n")[..],
         *"line 2: unknown key 'kernal' (did you mean 'kernel'?); the \
-        keys are: kernel, initrd, append, cpus, memory, uart, sandbox, disk, device"
+        keys are: kernel, initrd, append, cpus, memory, uart, sandbox, disk, net, device"
     );
     assert!(refuse(b"\x7fELF\x02\x01").starts_with("line 1: this is no TOML"));
     assert_eq!(refuse(b"abc\xff"), "it is no text file: the bytes from 3 on are not UTF-8");

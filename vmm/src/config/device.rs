@@ -108,11 +108,9 @@ pub struct DeviceConfig {
 impl DeviceConfig {
     /// The index of a virtqueue has 8 bits in vhost-user.
     pub const MAX_QUEUES: u16 = 256;
-}
 
-impl DeviceConfig {
     /// How long to wait for a daemon to come up before the machine is given up.
-    fn default_wait() -> TimeSpan {
+    pub(super) fn default_wait() -> TimeSpan {
         TimeSpan(Duration::from_secs(30))
     }
 }

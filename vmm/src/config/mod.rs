@@ -7,6 +7,7 @@
 mod device;
 mod file;
 mod memory;
+mod net;
 mod uart;
 
 use std::os::unix::ffi::OsStrExt;
@@ -19,6 +20,7 @@ use serde::Deserialize;
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig};
+pub use net::{NetConfig, NetDevice, NetPeer};
 pub use uart::UartConfig;
 
 /// The most vCPUs a machine can have.
@@ -50,6 +52,8 @@ pub struct Settings {
     #[serde(default)]
     pub disk: Vec<DiskConfig>,
     #[serde(default)]
+    pub net: Vec<NetConfig>,
+    #[serde(default)]
     pub device: Vec<DeviceConfig>,
 }
 
@@ -67,6 +71,7 @@ pub struct MachineConfig {
     /// Whether the process confines itself.
     pub sandbox: bool,
     pub disks: Vec<DiskConfig>,
+    pub nets: Vec<NetDevice>,
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -88,6 +93,10 @@ pub enum ConfigError {
     DeviceQueues { name: String, queues: u16 },
     #[error("--disk {path}: throttle: {source}", path = .path.display())]
     DiskThrottle { path: PathBuf, source: ThrottleError },
+    #[error("--net: {0}")]
+    Net(#[from] net::NetError),
+    #[error("the tap device {0} is given twice: each network device needs one of its own")]
+    DuplicateTap(String),
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
     TooManyDevices(usize),
     #[error(
@@ -110,6 +119,7 @@ impl Settings {
     /// These settings with `over` on top: its single values replace ours, its disks and devices come after ours.
     pub fn overridden_by(mut self, over: Self) -> Self {
         self.disk.extend(over.disk);
+        self.net.extend(over.net);
         self.device.extend(over.device);
         Self {
             kernel: over.kernel.or(self.kernel),
@@ -120,6 +130,7 @@ impl Settings {
             uart: over.uart.or(self.uart),
             sandbox: over.sandbox.or(self.sandbox),
             disk: self.disk,
+            net: self.net,
             device: self.device,
         }
     }
@@ -131,7 +142,8 @@ impl Settings {
         let memory = self.memory.unwrap_or_default();
         memory.validate()?;
         check_disks(&self.disk)?;
-        check_devices(&self.disk, &self.device)?;
+        let nets = network_devices(self.net)?;
+        check_devices(&self.disk, &nets, &self.device)?;
         if let Some(UartConfig::Unix(path)) = &self.uart {
             check_socket("--uart unix=", path)?;
         }
@@ -144,6 +156,7 @@ impl Settings {
             uart: self.uart.unwrap_or_default(),
             sandbox: self.sandbox.unwrap_or(true),
             disks: self.disk,
+            nets,
             devices: self.device,
         })
     }
@@ -193,8 +206,28 @@ fn check_io_timeout(disk: &DiskConfig) -> Result<(), ConfigError> {
     }
 }
 
-fn check_devices(disks: &[DiskConfig], devices: &[DeviceConfig]) -> Result<(), ConfigError> {
-    let count = disks.len() + devices.len();
+/// Those that were asked for after the last `none`.
+fn network_devices(nets: Vec<NetConfig>) -> Result<Vec<NetDevice>, ConfigError> {
+    if nets.iter().any(|net| net.is_none() && net.says_more()) {
+        return Err(net::NetError::NotAlone.into());
+    }
+    let first = nets.iter().rposition(NetConfig::is_none).map_or(0, |none| none + 1);
+    let devices = nets.into_iter().skip(first).enumerate().map(|(at, net)| net.validate(at));
+    let devices: Vec<NetDevice> = devices.collect::<Result<_, _>>()?;
+    let mut taps: Vec<&String> = devices.iter().filter_map(NetDevice::tap).collect();
+    taps.sort_unstable();
+    match taps.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(ConfigError::DuplicateTap(pair[0].clone())),
+        None => Ok(devices),
+    }
+}
+
+fn check_devices(
+    disks: &[DiskConfig],
+    nets: &[NetDevice],
+    devices: &[DeviceConfig],
+) -> Result<(), ConfigError> {
+    let count = disks.len() + nets.len() + devices.len();
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
@@ -206,13 +239,18 @@ fn check_devices(disks: &[DiskConfig], devices: &[DeviceConfig]) -> Result<(), C
             return Err(ConfigError::DeviceQueues { name: device.name(at), queues });
         }
     }
+    for net in nets {
+        if let NetPeer::Socket { socket, .. } = &net.peer {
+            check_socket("--net socket=", socket)?;
+        }
+    }
     let given = disks.iter().map(|disk| &disk.id).chain(devices.iter().map(|device| &device.id)).flatten();
-    if let Some(bad) = given.clone().find(|id| !is_name(id)) {
+    if let Some(bad) = given.chain(nets.iter().map(|net| &net.name)).find(|id| !is_name(id)) {
         return Err(ConfigError::Id(bad.clone()));
     }
     let disks = disks.iter().enumerate().map(|(at, disk)| disk.name(at));
-    let mut names: Vec<_> =
-        disks.chain(devices.iter().enumerate().map(|(at, device)| device.name(at))).collect();
+    let devices = devices.iter().enumerate().map(|(at, device)| device.name(at));
+    let mut names: Vec<_> = disks.chain(nets.iter().map(|net| net.name.clone())).chain(devices).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(ConfigError::DuplicateId(pair[0].clone())),

@@ -213,6 +213,40 @@ fn devices_are_told_apart_and_fit_the_bus() {
 }
 
 #[test]
+fn networks_are_told_apart_and_none_leaves_out_those_before() {
+    let nets = |texts: &[&str]| Settings {
+        net: texts.iter().map(|text| options::parse(text, Some("kind")).unwrap()).collect(),
+        ..bootable()
+    };
+    let names = |texts: &[&str]| -> Vec<String> {
+        nets(texts).validate().unwrap().nets.into_iter().map(|net| net.name).collect()
+    };
+    assert_eq!(names(&["tap=a", "socket=/s", "tap=b,id=lan"]), ["net0", "net1", "lan"]);
+    assert_eq!(names(&["tap=a", "none"]), [""; 0]);
+    assert_eq!(names(&["tap=a", "none", "tap=a"]), ["net0"]);
+    for (texts, reason) in [
+        (&["queues=2"][..], "tap=NAME, socket=PATH, none"),
+        (&["tap=a,socket=/s"], "tap=NAME, socket=PATH, none"),
+        (&["none,tap=a"], "'none' stands alone"),
+        (&["tap=a,queues=0"], "1 to 64 pairs"),
+        (&["tap=a,queues=65"], "1 to 64 pairs"),
+        (&["tap=a,mtu=67"], "68 to 65521"),
+        (&["tap=a,wait=3s"], "wait= is for"),
+        (&["tap=a/b"], "tap=\"a/b\": an interface's name"),
+        (&["tap="], "1 to 15 bytes"),
+        (&["tap=a,bridge=sixteen-letters-"], "1 to 15 bytes"),
+        (&["socket=/s,mac=52:54:00:12:34:56"], "mac= is for a daemon that cleave starts"),
+        (&["socket="], "--net socket=: the path is empty"),
+        (&["tap=a", "tap=a,id=b"], "the tap device a is given twice"),
+        (&["tap=a,id=x", "tap=b,id=x"], "two devices are named 'x'"),
+        (&["tap=a,id=-"], "1 to 32 letters"),
+    ] {
+        let said = refusal(nets(texts));
+        assert!(said.contains(reason), "{texts:?}: {said}");
+    }
+}
+
+#[test]
 fn a_uart_that_is_none_names_the_nearest() {
     let error = "stido".parse::<UartConfig>().unwrap_err();
     assert!(error.contains("did you mean 'stdio'?"), "{error}");

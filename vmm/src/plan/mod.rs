@@ -19,7 +19,7 @@ use std::time::Duration;
 use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
-use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig, OnFull, Restart};
+use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart};
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -122,7 +122,7 @@ fn lay_out_ram(size: u64) -> Vec<RamRegion> {
     ram
 }
 
-/// Disks first, each kind in the order given: what a guest calls vda is the first disk.
+/// Disks first, then networks, each kind in the order given: what a guest calls vda is the first disk.
 fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
         let name = disk.name(at);
@@ -138,13 +138,33 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
         });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
+    let nets = config.nets.iter().map(|net| {
+        let device = net.name.clone();
+        let (queues, backend) = match &net.peer {
+            NetPeer::Tap { tap, settings } => {
+                let spec = DaemonSpec {
+                    program: "cleave-net".to_owned(),
+                    device,
+                    args: net_arguments(tap, settings),
+                    restart: settings.restart.unwrap_or_default(),
+                    restart_limit: settings.restart_limit,
+                    io_timeout: None,
+                };
+                (None, Backend::Spawn(spec))
+            }
+            NetPeer::Socket { socket, wait, queues } => {
+                (*queues, Backend::Attach { socket: socket.clone(), wait: wait.0 })
+            }
+        };
+        (net.name.clone(), DeviceType::NET, queues, backend)
+    });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {
         let name = device.name(at);
         let backend = Backend::Attach { socket: device.socket.clone(), wait: device.wait.0 };
         (name, device.r#type, device.queues, backend)
     });
     (1_u8..)
-        .zip(disks.chain(devices))
+        .zip(disks.chain(nets).chain(devices))
         .map(|(device_number, (name, device_type, queues, backend))| SlotPlan {
             name,
             device_type,
@@ -153,6 +173,22 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             backend,
         })
         .collect()
+}
+
+fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {
+    let value = |key: &str, value: Option<String>| value.map(|value| format!("--{key}={value}").into());
+    [
+        value("tap", Some(tap.to_owned())),
+        value("bridge", settings.bridge.clone()),
+        value("mac", settings.mac.map(|mac| mac.to_string())),
+        value("mtu", settings.mtu.map(|mtu| mtu.to_string())),
+        value("queues", settings.queues.map(|queues| queues.to_string())),
+        value("poll-us", settings.poll_us.map(|microseconds| microseconds.to_string())),
+        value("cpus", settings.cpus.as_ref().map(|cpus| cpus.to_string())),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn block_arguments(disk: &DiskConfig, queues: u16) -> Vec<OsString> {

@@ -59,6 +59,32 @@ fn what_a_disk_is_asked_for_reaches_its_daemon() {
     assert!(args.ends_with(expected), "{args}");
 }
 
+#[test]
+fn a_network_is_a_daemon_of_ours_or_somebody_elses() {
+    let settings = Settings {
+        kernel: Some("vmlinuz".into()),
+        disk: vec![options::parse("a.raw", Some("path")).unwrap()],
+        net: [
+            "tap=tap0,bridge=br0,mac=52:54:00:12:34:56,mtu=1400,queues=2,restart=never",
+            "socket=/s,id=lan",
+        ]
+        .iter()
+        .map(|text| options::parse(text, Some("kind")).unwrap())
+        .collect(),
+        device: vec![options::parse("type=rng,socket=/r", None).unwrap()],
+        ..Settings::default()
+    };
+    let slots = plan(&settings.validate().unwrap(), 40).unwrap().slots;
+    let names: Vec<_> = slots.iter().map(|slot| (slot.name.as_str(), slot.device_type.id())).collect();
+    assert_eq!(names, [("disk0", 2), ("net0", 1), ("lan", 1), ("rng0", 4)]);
+    let Backend::Spawn(spec) = &slots[1].backend else { panic!("a tap device's daemon is spawned") };
+    assert_eq!((spec.program.as_str(), spec.restart), ("cleave-net", Restart::Never));
+    let expected = "--tap=tap0 --bridge=br0 --mac=52:54:00:12:34:56 --mtu=1400 --queues=2";
+    assert_eq!(spec.args.join(" ".as_ref()), *expected);
+    let wait = Duration::from_secs(30);
+    assert_eq!(slots[2].backend, Backend::Attach { socket: "/s".into(), wait });
+}
+
 proptest! {
     #[test]
     fn nothing_overlaps(pages in (16_u64 << 8)..(1 << 27), disks in 0..31_usize) {

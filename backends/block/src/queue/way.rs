@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::polling::Polling;
+use cleave_runtime::Polling;
 
 /// Requests between two rests that say that a guest has many in flight.
 const BURST: u32 = 8;
@@ -57,7 +57,7 @@ impl Way {
     fn is_due(&mut self) -> bool {
         let deep = std::mem::take(&mut self.burst) >= BURST;
         self.deep = if deep { MEMORY } else { self.deep.saturating_sub(1) };
-        self.deep != 0 && self.pays.next().is_some()
+        self.deep != 0 && self.pays.next_look().is_some()
     }
 }
 

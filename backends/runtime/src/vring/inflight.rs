@@ -10,7 +10,7 @@
 //! store: the compiler keeps their order, and a processor's death is not what this is about.
 //!
 //! Invariants: what is in the region decides nothing but which heads are in flight and in which order, and that is checked
-//! when a ring starts; a batch here is one head.
+//! when a ring starts; a batch here is what is used together, mostly one head.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

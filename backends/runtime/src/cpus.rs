@@ -7,7 +7,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Why threads cannot run there.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum CpusError {
+pub enum CpusError {
     #[error("--cpus: this process may not run on CPU {cpu}, but on {allowed}")]
     NotAllowed { cpu: usize, allowed: CpuList },
     #[error("--cpus: a thread cannot be kept on CPU {cpu}")]
@@ -15,7 +15,7 @@ pub(crate) enum CpusError {
 }
 
 /// Whether this process may run on all of them.
-pub(crate) fn check(cpus: &CpuList) -> Result<(), CpusError> {
+pub fn check(cpus: &CpuList) -> Result<(), CpusError> {
     // More CPUs than the set can name: what is allowed shows when a thread is pinned.
     let Ok(set) = sched_getaffinity(None) else { return Ok(()) };
     match cpus.cpus().iter().find(|cpu| !set.is_set(**cpu)) {
@@ -25,7 +25,7 @@ pub(crate) fn check(cpus: &CpuList) -> Result<(), CpusError> {
 }
 
 /// Keeps this thread, which serves queue `index`, on its CPU.
-pub(crate) fn pin(cpus: &CpuList, index: u16) -> Result<(), CpusError> {
+pub fn pin(cpus: &CpuList, index: u16) -> Result<(), CpusError> {
     let cpu = cpus.round_robin(index.into());
     let mut one = CpuSet::new();
     one.set(cpu);

@@ -15,7 +15,7 @@ const MAX_SKIPS: u32 = 64;
 
 /// One queue's decision. A limit of zero turns polling off.
 #[derive(Debug)]
-pub(crate) struct Polling {
+pub struct Polling {
     limit: Duration,
     /// Rests left until the next look.
     skip: u32,
@@ -24,12 +24,12 @@ pub(crate) struct Polling {
 }
 
 impl Polling {
-    pub(crate) fn new(limit: Duration) -> Self {
+    pub fn new(limit: Duration) -> Self {
         Self { limit, skip: 0, last_skips: 0 }
     }
 
     /// How long to look this time; `None`: sleep at once.
-    pub(crate) fn next(&mut self) -> Option<Duration> {
+    pub fn next_look(&mut self) -> Option<Duration> {
         if self.limit.is_zero() {
             return None;
         }
@@ -43,7 +43,7 @@ impl Polling {
     }
 
     /// The look ended with work, or in vain.
-    pub(crate) fn looked(&mut self, found: bool) {
+    pub fn looked(&mut self, found: bool) {
         self.last_skips = if found { 0 } else { (2 * self.last_skips).clamp(1, MAX_SKIPS) };
         self.skip = self.last_skips;
     }
@@ -59,7 +59,7 @@ mod tests {
     fn looks(polling: &mut Polling, rests: u32, found: bool) -> u32 {
         let mut looks = 0;
         for _ in 0..rests {
-            if let Some(limit) = polling.next() {
+            if let Some(limit) = polling.next_look() {
                 assert_eq!(limit, LIMIT);
                 polling.looked(found);
                 looks += 1;
@@ -81,6 +81,6 @@ mod tests {
 
     #[test]
     fn off_is_off() {
-        assert_eq!(Polling::new(Duration::ZERO).next(), None);
+        assert_eq!(Polling::new(Duration::ZERO).next_look(), None);
     }
 }

@@ -1,0 +1,193 @@
+//! cleave-net: a virtio-net device (virtio 1.2, 5.1) as a vhost-user daemon.
+
+mod buffers;
+mod config_space;
+mod control;
+mod counters;
+mod device;
+mod filter;
+mod port;
+mod queue;
+mod sandbox;
+mod shared;
+mod tap;
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{ArgGroup, Parser};
+use cleave_common::cpus::CpuList;
+use cleave_common::exit::{ExitCode, Failure};
+use cleave_common::logging;
+use cleave_common::mac::MacAddress;
+use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, cpus};
+use tracing::info;
+
+use device::{MAX_PAIRS, Net, NetError, NetOptions};
+use tap::{Tap, TapError, TapSource};
+
+/// Connect a virtual machine to a network, as virtio-net over vhost-user
+#[derive(Debug, Parser)]
+#[command(name = "cleave-net", version, after_help = EXIT_CODES, after_long_help = LONG_HELP)]
+#[command(group = ArgGroup::new("port").args(["tap", "tap_fd", "print_capabilities"]).required(true).multiple(true))]
+struct Args {
+    #[command(flatten)]
+    common: CommonArgs,
+
+    /// The tap device: opened if there is one of this name, else made, and removed in the end
+    #[arg(long, value_name = "NAME", conflicts_with = "tap_fd", value_parser = interface_name)]
+    tap: Option<String>,
+
+    /// A tap device that is open already, as this inherited descriptor; once for each pair of queues
+    #[arg(long, value_name = "N")]
+    tap_fd: Vec<RawFd>,
+
+    /// Make the tap device a port of this bridge
+    #[arg(long, value_name = "NAME", value_parser = interface_name)]
+    bridge: Option<String>,
+
+    /// The guest's Ethernet address; one that follows from this host and the tap device's name unless given
+    #[arg(long, value_name = "ADDRESS")]
+    mac: Option<MacAddress>,
+
+    /// Set the tap device's MTU, which is the guest's too
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..=65521))]
+    mtu: Option<u16>,
+
+    /// Pairs of queues, each queue served by a thread of its own
+    #[arg(long, value_name = "N", conflicts_with = "tap_fd", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
+    queues: Option<u16>,
+
+    /// Entries of the largest queue a frontend may set up: a power of two
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = queue_size)]
+    queue_size: u16,
+
+    /// Let a queue's thread look for work this many microseconds before it sleeps, while that pays: quicker answers for
+    /// CPU time
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    poll_us: u32,
+
+    /// Run the queues' threads on these CPUs, in turn: 2,3 or 0-3
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<CpuList>,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 1 a bug, or the sandbox stopped a \
+system call; 2 command line wrong, or a device it names; 3 the host lacks something (permission, /dev/net/tun), or the tap \
+device is in use or has gone; 135 memory that the frontend shares was cut off. CLEAVE_LOG=debug says more.";
+
+const LONG_HELP: &str = "\
+Examples:
+  A tap device on a bridge, made and removed by the daemon (as root):
+    ip link add br0 type bridge && ip link set br0 up
+    cleave-net --socket-path /run/vm/net.sock --tap tap0 --bridge br0
+  A tap device that root has made for a user, who runs the daemon:
+    ip tuntap add dev tap0 mode tap multi_queue user alice && ip link set tap0 up
+    cleave-net --socket-path /run/vm/net.sock --tap tap0 --queues 2
+  A tap device from whoever starts the daemon (opened with IFF_TAP, IFF_NO_PI, IFF_VNET_HDR):
+    cleave-net --fd 3 --tap-fd 4
+
+A tap device that was made here stays when the daemon is killed, with its addresses and its bridge, and the next daemon
+of the same --tap goes on with it; it is removed when the daemon ends in order (SIGTERM, or the frontend of --fd goes).
+
+Exit codes:
+  0    asked to end, or the frontend of --fd went
+  1    a bug, or the sandbox stopped a system call
+  2    the command line is wrong, or a device that it names
+  3    the host lacks something (permission, /dev/net/tun), or the tap device is in use or has gone
+  135  memory that the frontend shares was cut off
+CLEAVE_LOG=debug says more.";
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && (2..=32768).contains(&size) => Ok(size),
+        _ => Err("a power of two from 2 to 32768 is needed".to_owned()),
+    }
+}
+
+/// As the kernel has it (dev_valid_name), but for a '%', of which it would make a number.
+fn interface_name(text: &str) -> Result<String, String> {
+    let odd = |byte: u8| byte.is_ascii_whitespace() || matches!(byte, b'/' | b':' | b'%' | 0);
+    let fits = (1..libc::IFNAMSIZ).contains(&text.len()) && !matches!(text, "." | "..");
+    if fits && !text.bytes().any(odd) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "an interface's name has 1 to {} bytes, without spaces, '/', ':' and '%'",
+            libc::IFNAMSIZ - 1
+        ))
+    }
+}
+
+fn main() -> std::process::ExitCode {
+    let args = Args::parse();
+    logging::init();
+    match run(args) {
+        Ok(()) => ExitCode::Success.into(),
+        Err(failure) => {
+            eprintln!("cleave-net: {failure}");
+            failure.code.into()
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), Failure> {
+    if args.common.print_capabilities {
+        let json = capabilities_json("net", &[]);
+        return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
+    }
+    let mode = args.common.sandbox;
+    let (socket, inherited) = args.common.claim_socket_and(&args.tap_fd)?;
+    let signals = Signals::new().map_err(Failure::host)?;
+    let source = match args.tap {
+        Some(name) => TapSource::Name(name, args.queues.unwrap_or(1)),
+        None => TapSource::Inherited(all_open(&args.tap_fd, inherited)?),
+    };
+    args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(NetError::from)?;
+    let pairs = match &source {
+        TapSource::Name(_, pairs) => *pairs,
+        TapSource::Inherited(queues) => queues.len() as u16,
+    };
+    let tap = Tap::open(source, args.bridge.as_deref(), args.mtu)?;
+    let mac = args.mac.unwrap_or_else(|| derived_address(tap.name()));
+    info!("{}: {pairs} pairs of queues, guest address {mac}", tap.name());
+    let endpoint = socket.open()?;
+    let sandbox =
+        Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };
+    let confined = sandbox.enter(&endpoint)?;
+    let options = NetOptions {
+        mac,
+        pairs,
+        max_queue_size: args.queue_size,
+        poll: Duration::from_micros(args.poll_us.into()),
+        cpus: args.cpus,
+    };
+    let mut net = Net::new(Arc::new(tap), options)?;
+    cleave_runtime::run(&mut net, endpoint, &signals, &confined)
+}
+
+fn all_open(
+    numbers: &[RawFd],
+    descriptors: Vec<Option<std::os::fd::OwnedFd>>,
+) -> Result<Vec<std::os::fd::OwnedFd>, TapError> {
+    if numbers.len() > usize::from(MAX_PAIRS) {
+        return Err(TapError::Inherited(format!(
+            "{} pairs of queues are too many: {MAX_PAIRS} are possible",
+            numbers.len()
+        )));
+    }
+    let open = numbers.iter().zip(descriptors).map(|(number, descriptor)| {
+        descriptor
+            .ok_or_else(|| TapError::Inherited(format!("descriptor {number} is not open, or is given twice")))
+    });
+    open.collect()
+}
+
+/// The same each time on one host, another one on another host: both may be on one network.
+fn derived_address(tap: &str) -> MacAddress {
+    let host = fs::read("/etc/machine-id").unwrap_or_default();
+    MacAddress::derived_from([host.as_slice(), tap.as_bytes()])
+}

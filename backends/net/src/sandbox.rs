@@ -1,0 +1,7 @@
+//! What serving a network needs of the kernel, beyond what every daemon does.
+
+pub(crate) use crate::tap::ioctl::SERVING as IOCTLS;
+
+/// Frames, waiting, and the link's state.
+pub(crate) const SYSCALLS: &[i64] =
+    &[libc::SYS_readv, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2, libc::SYS_recvfrom];
