@@ -54,7 +54,6 @@ fn a_mistake_is_one_line_that_names_the_nearest_word() {
             "throttle: unknown key 'bps_total' (did you mean 'bps-total'?)",
         ),
         (&["--net", "non"], "'non' is not one of: none (did you mean 'none'?)"),
-        (&["--net", "tap=a,restart=never,restart-limit=2"], "leave one of them out"),
         (&["--net", "tpa=tap0"], "did you mean 'tap'?"),
         (&["--net", "tap=a,mac=52:54"], "mac: '52:54' is no Ethernet address"),
         (&["--device", "type=rng"], "'socket=' is missing"),

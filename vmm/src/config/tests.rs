@@ -236,6 +236,7 @@ fn networks_are_told_apart_and_none_leaves_out_those_before() {
         (&["tap="], "1 to 15 bytes"),
         (&["tap=a,bridge=sixteen-letters-"], "1 to 15 bytes"),
         (&["socket=/s,mac=52:54:00:12:34:56"], "mac= is for a daemon that cleave starts"),
+        (&["tap=a,restart=never,restart-limit=2"], "leave one of them out"),
         (&["socket="], "--net socket=: the path is empty"),
         (&["tap=a", "tap=a,id=b"], "the tap device a is given twice"),
         (&["tap=a,id=x", "tap=b,id=x"], "two devices are named 'x'"),
