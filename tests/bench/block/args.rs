@@ -90,9 +90,10 @@ pub struct Measure {
     #[arg(long)]
     pub verify: bool,
 
-    /// How the driver learns of completions
-    #[arg(long, value_enum, default_value_t = Driver::Poll)]
-    pub driver: Driver,
+    /// How the driver learns of completions; if not given, it polls where there are more CPUs than queues: elsewhere a
+    /// thread that polls would take the time of those that are measured
+    #[arg(long, value_enum)]
+    pub driver: Option<Driver>,
 
     /// Threads that share the queues when the driver polls: half of the CPUs if not given, so that the daemon has the
     /// others

@@ -53,7 +53,7 @@ impl Row {
             block_size: self.block_size as u32,
             depth: self.depth,
             extent: Extent::Time(Duration::from_secs_f64(settings.runtime)),
-            poll: settings.driver == Driver::Poll,
+            poll: settings.driver(self) == Driver::Poll,
             threads: settings.driver_threads,
             verify: settings.verify,
         }
@@ -65,7 +65,8 @@ impl Row {
 pub struct Settings {
     pub runtime: f64,
     pub rounds: u16,
-    pub driver: Driver,
+    pub driver: Option<Driver>,
+    pub cpus: usize,
     pub driver_threads: usize,
     pub verify: bool,
     pub pin: Option<usize>,
@@ -78,10 +79,17 @@ impl Settings {
             runtime: args.runtime,
             rounds: args.rounds,
             driver: args.driver,
+            cpus,
             driver_threads: args.driver_threads.map_or((cpus / 2).max(1), usize::from),
             verify: args.verify,
             pin: args.pin,
         }
+    }
+
+    /// How the driver of `row` learns of completions.
+    pub fn driver(&self, row: &Row) -> Driver {
+        let has_a_cpu = self.cpus > usize::from(row.queues);
+        self.driver.unwrap_or(if has_a_cpu { Driver::Poll } else { Driver::Interrupt })
     }
 }
 

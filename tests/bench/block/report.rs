@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::plan::{Bout, Measured, Plan, Target, paths};
+use crate::args::word;
+use crate::plan::{Bout, Measured, Plan, Settings, Target, paths};
 use crate::run::{Turn, Turns};
 
 fn median(mut values: Vec<f64>) -> Option<f64> {
@@ -64,11 +65,10 @@ fn share(bout: &Bout, turns: &[Turns], at: usize, of: &str) -> Option<f64> {
 
 pub fn json(plan: &Plan, results: &[Vec<Turns>]) {
     let rows: Vec<Value> =
-        plan.bouts.iter().zip(results).map(|(bout, turns)| row_json(bout, turns)).collect();
+        plan.bouts.iter().zip(results).map(|(bout, turns)| row_json(bout, turns, &plan.settings)).collect();
     let document = json!({
         "runtime_s": plan.settings.runtime,
         "rounds": plan.settings.rounds,
-        "driver": format!("{:?}", plan.settings.driver).to_lowercase(),
         "driver_threads": plan.settings.driver_threads,
         "pin": plan.settings.pin,
         "verify": plan.settings.verify,
@@ -78,7 +78,7 @@ pub fn json(plan: &Plan, results: &[Vec<Turns>]) {
     println!("{document:#}");
 }
 
-fn row_json(bout: &Bout, turns: &[Turns]) -> Value {
+fn row_json(bout: &Bout, turns: &[Turns], settings: &Settings) -> Value {
     let peers: Vec<Value> = (0..turns.len()).map(|at| peer_json(bout, turns, at)).collect();
     let targets: Vec<Value> = bout
         .targets
@@ -91,6 +91,7 @@ fn row_json(bout: &Bout, turns: &[Turns]) -> Value {
     json!({
         "place": bout.place, "row": bout.row.name(), "read_percent": bout.row.read_percent,
         "block_size": bout.row.block_size, "depth": bout.row.depth, "queues": bout.row.queues,
+        "driver": word(settings.driver(&bout.row)),
         "peers": peers, "targets": targets,
     })
 }
@@ -119,15 +120,13 @@ pub fn table(plan: &Plan, results: &[Vec<Turns>]) {
     let settings = &plan.settings;
     let pinned = settings.pin.map_or(String::new(), |cpu| format!(", served by CPU {cpu}"));
     println!(
-        "{} rounds of {} s in turns, medians; the driver has {} thread(s) and {}s{pinned}\n",
-        settings.rounds,
-        settings.runtime,
-        settings.driver_threads,
-        format!("{:?}", settings.driver).to_lowercase(),
+        "{} rounds of {} s in turns, medians; a driver that polls has {} thread(s){pinned}\n",
+        settings.rounds, settings.runtime, settings.driver_threads,
     );
     let (mut met, mut missed, mut open) = (0, 0, 0);
     for (bout, turns) in plan.bouts.iter().zip(results) {
-        println!("{}, {}", bout.place, bout.row.name());
+        let driver = word(settings.driver(&bout.row));
+        println!("{}, {}; driver: {driver}", bout.place, bout.row.name());
         println!(
             "  {:<12} {:>9} {:>8} {:>6} {:>6} {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}",
             "",
