@@ -143,6 +143,8 @@ impl Machine {
                 match event {
                     Event::DevicesReset => return,
                     Event::Device { slot, event } => self.hear_device(slot, event),
+                    // One that has just come up is ended with the others, who are asked to leave before they are killed.
+                    Event::Spawned { slot, result } => drop(self.daemons.spawned(slot, result)),
                     _ => {}
                 }
             }
