@@ -22,6 +22,10 @@ pub enum Error {
     #[error("the command did not end within {seconds} s and was stopped; the console is kept in {console}")]
     TimeLimit { seconds: u64, console: PathBuf },
     #[error(
+        "the lab's machine gave no sign of life for {seconds} s and was stopped; its console is kept in {console}"
+    )]
+    Frozen { seconds: u64, console: PathBuf },
+    #[error(
         "the lab's machine ended ({status}) before its command did; its console, kept in {console}, ends:\n{tail}"
     )]
     MachineDied { status: String, console: PathBuf, tail: String },

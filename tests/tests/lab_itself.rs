@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         case("disks_are_dropped_or_kept_as_asked", disks),
         case("what_a_job_writes_stays_in_its_machine", writes_stay).with_ignored_flag(emulated_only),
         case("a_machine_that_dies_leaves_its_console", death).with_ignored_flag(emulated_only),
+        case("a_machine_that_freezes_is_stopped", freeze).with_ignored_flag(emulated_only),
         case("an_instruction_clock_repeats", instruction_clock).with_ignored_flag(emulated_only),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
@@ -100,6 +101,16 @@ fn death(lab: &Lab) -> Result<()> {
 }
 
 /// The CPU time of the same work in two machines.
+fn freeze(lab: &Lab) -> Result<()> {
+    // A kernel that neither goes on nor ends.
+    let mut job = Job::script("echo 0 >/proc/sys/kernel/panic; echo c >/proc/sysrq-trigger");
+    job.silence_limit = Duration::from_secs(15);
+    match lab.run(&job, lab.directory()?) {
+        Err(Error::Frozen { seconds: 15, .. }) => Ok(()),
+        other => check(false, || format!("{other:?}")),
+    }
+}
+
 fn instruction_clock(lab: &Lab) -> Result<()> {
     let measure = || {
         // The shell's own time on a CPU, in nanoseconds.

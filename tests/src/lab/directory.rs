@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::cache::Cache;
 use crate::error::{Context, Result};
@@ -31,6 +32,13 @@ impl RunDirectory {
     /// The directory that the job sees as `$LAB` and can write.
     pub fn share(&self) -> PathBuf {
         self.directory.path().join("share")
+    }
+
+    /// How long the lab's machine has given no sign of life; `None` before the first.
+    pub(super) fn silence(&self) -> Option<Duration> {
+        let seen = fs::metadata(self.share().join("alive")).ok()?.modified().ok()?;
+        // A clock that was set back makes it young.
+        Some(seen.elapsed().unwrap_or_default())
     }
 
     /// What the lab's machine said on its console.

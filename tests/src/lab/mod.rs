@@ -52,6 +52,9 @@ pub struct Job {
     /// Where the command starts; the share when not said.
     pub directory: Option<PathBuf>,
     pub time_limit: Duration,
+    /// How long an emulated machine may give no sign of life, of which it gives one every 5 s. Nested virtualization freezes
+    /// one now and then.
+    pub silence_limit: Duration,
     /// CPUs of an emulated machine. With more than one, QEMU emulates each on a thread of its own, and then guests with
     /// several vCPUs hang or triple-fault now and then, under QEMU's own VMM as under ours; with one they do not.
     pub cpus: u32,
@@ -90,6 +93,7 @@ impl Job {
             environment: Vec::new(),
             directory: None,
             time_limit: Duration::from_secs(300),
+            silence_limit: Duration::from_secs(120),
             cpus: 1,
             memory: ByteSize(3 << 30),
             huge_pages: 0,
@@ -195,6 +199,16 @@ impl Lab {
                 machine::stop(child);
                 return Err(Error::TimeLimit {
                     seconds: job.time_limit.as_secs(),
+                    console: directory.console(),
+                });
+            }
+            // Where instructions are the clock, its seconds are not ours.
+            if !job.instruction_clock
+                && directory.silence().is_some_and(|silence| silence > job.silence_limit)
+            {
+                machine::stop(child);
+                return Err(Error::Frozen {
+                    seconds: job.silence_limit.as_secs(),
                     console: directory.console(),
                 });
             }

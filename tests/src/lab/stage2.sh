@@ -6,6 +6,9 @@ $busybox ifconfig lo 127.0.0.1 up
 . /lab/settings
 mkdir -p /lib/modules && ln -sfn "$LAB_MODULES" "/lib/modules/$(uname -r)"
 
+# Whoever waits for the job sees by this that the machine is not frozen.
+(while echo >/lab/alive; do $busybox sleep 5; done) &
+
 if [ "$LAB_INTERACTIVE" = 1 ]; then
     # A controlling terminal, as a login would have it: job control and Ctrl-C work.
     $busybox setsid -c $busybox sh -c 'stty 115200 sane rows "$1" cols "$2"; cd /; exec /lab/job' \
