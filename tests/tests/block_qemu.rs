@@ -218,6 +218,30 @@ fn qemu_and_cleave_see_each_others_locks() {
         assert!(Instant::now() < deadline, "qemu-io does not open the disk");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let failed = Daemon::start("cleave-block", &["--blk-file", path]).err().unwrap().to_string();
-    assert!(failed.contains("is in use") && failed.contains(&format!("(process {pid})")), "{failed}");
+    // Whoever reads a disk that another writes sees it torn.
+    for more in [&[][..], &["--read-only"]] {
+        let words = [&["--blk-file", path], more].concat();
+        let failed = Daemon::start("cleave-block", &words).err().unwrap().to_string();
+        assert!(failed.contains("is in use") && failed.contains(&format!("(process {pid})")), "{failed}");
+    }
+}
+
+#[test]
+fn readers_of_both_kinds_share_a_disk() {
+    let tools = Tools::open(&Cache::open().unwrap()).unwrap();
+    let image = disk(MIB);
+    let path = image.path().to_str().unwrap();
+    let _daemon = start(&image, &["--read-only"]);
+    let read = |more: &[&str]| {
+        let output = tools
+            .command("qemu-io")
+            .args(more)
+            .args(["-f", "raw", "-c", "read 0 512", path])
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert_eq!(read(&["-r"]), "");
+    let refused = read(&[]);
+    assert!(refused.contains("lock"), "qemu-io writes what is only to be read: {refused}");
 }

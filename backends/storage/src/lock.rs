@@ -1,6 +1,9 @@
 //! Open-file-description locks, so that two programs do not write one disk, and who holds one that is in the way.
 //!
-//! The lock is on all bytes of the file: it also meets the byte locks that QEMU takes on its images, and lets QEMU see ours.
+//! Who writes locks all bytes of the file, which also meets the byte locks that QEMU takes on its images, and lets QEMU see
+//! ours. Who reads locks those bytes by which QEMU's readers say that they do, and that nobody is to write (QEMU's
+//! block/file-posix.c: byte 100 and so on say what is done, byte 200 and so on what others must not do):
+//! so readers of both kinds get along, and writers of neither kind with them.
 #![expect(unsafe_code, reason = "F_OFD_SETLK has no safe wrapper")]
 
 use std::fs::{self, File};
@@ -22,6 +25,37 @@ pub enum LockError {
 /// kernel has ended its requests, which happens after the process is gone.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// What a reader locks: it reads (100), and others are neither to write (201) nor to resize (203).
+const READER: [Bytes; 3] = [Bytes::one(100), Bytes::one(201), Bytes::one(203)];
+/// What somebody has locked who writes (101) or resizes (103).
+const WRITER: [Bytes; 2] = [Bytes::one(101), Bytes::one(103)];
+
+/// A part of a file.
+#[derive(Debug, Clone, Copy)]
+struct Bytes {
+    start: i64,
+    /// 0: to the end, wherever that will be.
+    len: i64,
+}
+
+impl Bytes {
+    const ALL: Self = Self { start: 0, len: 0 };
+
+    const fn one(start: i64) -> Self {
+        Self { start, len: 1 }
+    }
+
+    fn flock(self, kind: i32) -> libc::flock {
+        libc::flock {
+            l_type: kind as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: self.start,
+            l_len: self.len,
+            l_pid: 0,
+        }
+    }
+}
+
 /// Takes the lock for as long as `file` is open: shared to read, exclusive to write.
 pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
     let deadline = Instant::now() + PATIENCE;
@@ -42,15 +76,15 @@ pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
 /// its successor serves. Waits while there is a lock that nobody visible has, and not after `deadline`: it may be a
 /// reader's whom we may not look at. One that runs beside a dead one hides it.
 fn outlast_the_dead(file: &File, deadline: Instant) -> io::Result<()> {
-    while is_locked(file)? && owner(file, None).is_none() && Instant::now() < deadline {
+    while is_locked(file, Bytes::ALL)? && owner(file, None).is_none() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
 }
 
-/// Whether anybody else has a lock, of either kind.
-fn is_locked(file: &File) -> io::Result<bool> {
-    let mut lock = whole(libc::F_WRLCK);
+/// Whether anybody else has a lock on any of `bytes`, of either kind.
+fn is_locked(file: &File, bytes: Bytes) -> io::Result<bool> {
+    let mut lock = bytes.flock(libc::F_WRLCK);
     // SAFETY: the descriptor is open for the call, and `lock` is a valid flock that may be written.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) } {
         0 => Ok(lock.l_type != libc::F_UNLCK as i16),
@@ -58,32 +92,43 @@ fn is_locked(file: &File) -> io::Result<bool> {
     }
 }
 
-fn whole(kind: i32) -> libc::flock {
-    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 }
-}
-
 /// `false`: somebody has a lock that excludes ours.
 fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
-    match set_lock(file, if shared { libc::F_RDLCK } else { libc::F_WRLCK }) {
-        Ok(()) => Ok(true),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-        Err(error) => Err(error),
+    if !shared {
+        return set_lock(file, libc::F_WRLCK, Bytes::ALL);
     }
+    for bytes in READER {
+        if !set_lock(file, libc::F_RDLCK, bytes)? {
+            return Ok(false);
+        }
+    }
+    // Those who come later look for our locks as we look for theirs: after having taken their own.
+    for bytes in WRITER {
+        if is_locked(file, bytes)? {
+            unlock(file);
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Gives the lock back at once: closing the file does so only when the last reference is gone, and a ring being taken
 /// apart keeps one for a while.
 pub(crate) fn unlock(file: &File) {
     // Nothing can be done about a failure but what follows anyway, closing the file.
-    let _ = set_lock(file, libc::F_UNLCK);
+    let _ = set_lock(file, libc::F_UNLCK, Bytes::ALL);
 }
 
-fn set_lock(file: &File, kind: i32) -> io::Result<()> {
-    let whole = whole(kind);
-    // SAFETY: the descriptor is open for the call, and `whole` is a valid flock that is only read.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+/// `false`: somebody has a lock that excludes it.
+fn set_lock(file: &File, kind: i32, bytes: Bytes) -> io::Result<bool> {
+    let lock = bytes.flock(kind);
+    // SAFETY: the descriptor is open for the call, and `lock` is a valid flock that is only read.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } {
+        0 => Ok(true),
+        _ => match io::Error::last_os_error() {
+            error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+            error => Err(error),
+        },
     }
 }
 
