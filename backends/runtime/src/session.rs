@@ -285,11 +285,16 @@ impl<'d> Session<'d> {
             return Err(Refusal::Features(unknown));
         }
         debug!("acked features {features:#x}");
+        // Rings that run are those of the driver that has set these features: it is the log that comes or goes.
+        let same_driver =
+            self.all_stopped().is_err() && (features ^ self.acked_features) & !VHOST_FEATURES == 0;
         self.pause_rings();
         self.acked_features = features;
-        // VERSION_1 is of the ring's layout and of the requests' too.
-        let of_runtime = RING_FEATURES & !virtio::VERSION_1 | VHOST_FEATURES;
-        self.device.ack_features(features & !of_runtime);
+        if !same_driver {
+            // VERSION_1 is of the ring's layout and of the requests' too.
+            let of_runtime = RING_FEATURES & !virtio::VERSION_1 | VHOST_FEATURES;
+            self.device.ack_features(features & !of_runtime);
+        }
         if features & virtio::PROTOCOL_FEATURES == 0 {
             self.rings.iter_mut().for_each(RingSlot::enable);
         }
