@@ -11,7 +11,7 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// Feature bits that depend on what is behind it ([`crate::config_space::feature`]).
     fn features(&self) -> u64;
 
-    /// The largest frame is this and an Ethernet header.
+    /// Bytes of the largest frame, without its Ethernet header.
     fn mtu(&self) -> u16;
 
     /// Makes the headers of frames those that a guest with these features reads and writes. No queue runs.

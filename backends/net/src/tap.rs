@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   named:      none --made, marked as ours, kept by the kernel--> open --orderly end--> removed
-//!               there --opened--> open --orderly end--> removed if it bears our mark, else left as it was
+//!               there --opened--> open --orderly end--> removed if it bears our mark, else kept
 //!   inherited:  open, and never changed but for its headers
 //! ```
 //!
@@ -168,6 +168,11 @@ impl Tap {
 
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether it is to be removed in the end.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.ours
     }
 
     fn link(&self) -> Result<Link, TapError> {
