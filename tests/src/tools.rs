@@ -96,3 +96,13 @@ fn write_starter(place: &Path, name: &str, program: &str) -> Result<()> {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
         .context(|| format!("make {} executable", path.display()))
 }
+
+/// The words of the command for QEMU in a text of ours, which ends with dots for what everybody has of their own.
+///
+/// # Panics
+/// There is none.
+pub fn qemu_command_in(text: &str) -> Vec<String> {
+    let start = text.find("qemu-system-x86_64 ").expect("a command for QEMU");
+    let (command, _) = text[start..].split_once(" ...").expect("its end");
+    command.split_whitespace().skip(1).filter(|word| *word != "\\").map(str::to_owned).collect()
+}

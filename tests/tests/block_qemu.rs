@@ -12,7 +12,7 @@ use cleave_tests::cache::Cache;
 use cleave_tests::driver::Daemon;
 use cleave_tests::guest;
 use cleave_tests::kernel::Kernel;
-use cleave_tests::tools::Tools;
+use cleave_tests::tools::{Tools, qemu_command_in};
 use cleave_tests::vm::Vm;
 use common::{MIB, disk, pattern, start};
 use rustix::process::Signal;
@@ -146,13 +146,6 @@ fn qemu_survives_a_restart_of_the_daemon_under_writes() {
     vm.finish(Duration::from_secs(60)).unwrap();
 }
 
-/// The words of the command for QEMU in a text of ours, which ends with dots for what everybody has of their own.
-fn command_in(text: &str) -> Vec<String> {
-    let start = text.find("qemu-system-x86_64 ").expect("a command for QEMU");
-    let (command, _) = text[start..].split_once(" ...").expect("its end");
-    command.split_whitespace().skip(1).filter(|word| *word != "\\").map(str::to_owned).collect()
-}
-
 #[test]
 fn what_is_written_down_for_qemu_works_and_comes_back() {
     let cache = Cache::open().unwrap();
@@ -168,7 +161,7 @@ fn what_is_written_down_for_qemu_works_and_comes_back() {
         let script = "echo READS; read go; dd if=/dev/vda bs=1M count=1 iflag=direct 2>/dev/null | md5sum";
         guest::with_script(&guest::initramfs(&cache).unwrap(), script, &initrd).unwrap();
         let mut command = Command::new(Tools::open(&cache).unwrap().qemu_path());
-        let words = command_in(text);
+        let words = qemu_command_in(text);
         assert!(words.iter().any(|word| word.contains(socket)), "{words:?}");
         command.args(words.iter().map(|word| word.replace(socket, daemon.socket.to_str().unwrap())));
         command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);

@@ -13,7 +13,7 @@ use cleave_tests::driver::Daemon;
 use cleave_tests::guest;
 use cleave_tests::kernel::Kernel;
 use cleave_tests::network::{self, ip};
-use cleave_tests::tools::Tools;
+use cleave_tests::tools::{Tools, qemu_command_in};
 use cleave_tests::vm::Vm;
 
 const HOST: &str = "10.79.0.1:9000";
@@ -96,4 +96,34 @@ fn a_stock_kernel_in_qemu_keeps_its_connections_while_the_daemon_is_killed() {
     vm.expect("SCRIPT-ENDED 0", BOOT).unwrap();
     vm.finish(BOOT).unwrap();
     assert!(daemon.is_running(), "the daemon outlives its frontend");
+}
+
+#[test]
+fn what_is_written_down_for_qemu_works_and_comes_back() {
+    const SOCKET: &str = "/run/vm/net.sock";
+    if network::enter().is_none() {
+        return;
+    }
+    let cache = Cache::open().unwrap();
+    let mut daemon = Daemon::start("cleave-net", &["--tap", "tap0"]).unwrap();
+    ip("address add 10.79.0.1/24 dev tap0");
+    let directory = tempfile::tempdir().unwrap();
+    let initrd = directory.path().join("initrd");
+    // While there is no daemon QEMU takes the guest's link down, and frames are lost.
+    let script = "ifconfig eth0 10.79.0.2 up; ping -c 1 10.79.0.1; echo READY; read go; \
+                  until ping -c 1 -W 1 10.79.0.1; do sleep 1; done";
+    guest::with_script(&guest::initramfs(&cache).unwrap(), script, &initrd).unwrap();
+    let words = qemu_command_in(include_str!("../../backends/net/README.md"));
+    assert!(words.iter().any(|word| word.contains(SOCKET)), "{words:?}");
+    let mut command = Command::new(Tools::open(&cache).unwrap().qemu_path());
+    command.args(words.iter().map(|word| word.replace(SOCKET, daemon.socket.to_str().unwrap())));
+    command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+    command.arg("-kernel").arg(Kernel::of_guests(&cache).unwrap().bzimage()).arg("-initrd").arg(&initrd);
+    let mut vm = Vm::start(command.args(["-append", "console=ttyS0 panic=-1 quiet"])).unwrap();
+    vm.expect("1 packets received", BOOT).unwrap();
+    vm.expect("READY", BOOT).unwrap();
+    daemon.kill_and_restart().unwrap();
+    vm.send("go").unwrap();
+    vm.expect("1 packets received", BOOT).unwrap();
+    vm.finish(BOOT).unwrap();
 }

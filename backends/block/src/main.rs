@@ -53,10 +53,6 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     num_queues: u16,
 
-    /// Entries of the largest queue a frontend may set up: a power of two
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = queue_size)]
-    queue_size: u16,
-
     /// What the guest reads as the disk's serial number: up to 20 bytes of ASCII
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
     serial: String,
@@ -141,13 +137,6 @@ impl From<Cache> for CacheMode {
     }
 }
 
-fn queue_size(text: &str) -> Result<u16, String> {
-    match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && (2..=32768).contains(&size) => Ok(size),
-        _ => Err("a power of two from 2 to 32768 is needed".to_owned()),
-    }
-}
-
 fn serial(text: &str) -> Result<String, String> {
     if text.len() <= request::ID_LEN && text.is_ascii() {
         Ok(text.to_owned())
@@ -185,7 +174,7 @@ fn run(args: Args) -> Result<(), Failure> {
         let json = capabilities_json("block", &["read-only", "blk-file"]);
         return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
     };
-    let mode = args.common.sandbox;
+    let (mode, max_queue_size) = (args.common.sandbox, args.common.queue_size);
     let socket = args.common.claim_socket()?;
     let signals = Signals::new().map_err(Failure::host)?;
     let (format, cache) = (args.format.into(), args.cache.into());
@@ -198,7 +187,7 @@ fn run(args: Args) -> Result<(), Failure> {
     let confined = sandbox.enter(&endpoint)?;
     let options = BlockOptions {
         num_queues: args.num_queues,
-        max_queue_size: args.queue_size,
+        max_queue_size,
         serial: args.serial,
         on_full: args.on_full.into(),
         poll: Duration::from_micros(args.poll_us.into()),

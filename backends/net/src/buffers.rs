@@ -9,7 +9,6 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use cleave_runtime::{GuestMemory, Segment};
-use vm_memory::GuestMemoryBackend;
 
 /// Entries; a kernel takes 1024 (UIO_MAXIOV).
 pub(crate) const MAX_BUFFERS: usize = 1023;
@@ -69,7 +68,7 @@ impl GuestBuffers {
 
     fn push_all(&mut self, segments: &[Segment]) -> Result<(), BufferError> {
         for segment in segments.iter().filter(|segment| segment.len != 0) {
-            for slice in self.memory.map().get_slices(segment.addr, segment.len as usize) {
+            for slice in self.memory.slices(segment.addr, segment.len as usize) {
                 let slice = slice?;
                 if self.entries.len() == MAX_BUFFERS {
                     return Err(BufferError::TooMany);

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser};
+use cleave_common::cli;
 use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
@@ -61,10 +62,6 @@ struct Args {
     #[arg(long, value_name = "N", conflicts_with = "tap_fd", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
     queues: Option<u16>,
 
-    /// Entries of the largest queue a frontend may set up: a power of two
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = queue_size)]
-    queue_size: u16,
-
     /// Let a queue's thread look for work this many microseconds before it sleeps, while that pays: quicker answers for
     /// CPU time
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
@@ -77,7 +74,7 @@ struct Args {
 
 const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 1 a bug, or the sandbox stopped a \
 system call; 2 command line wrong, or a device it names; 3 the host lacks something (permission, /dev/net/tun), or the tap \
-device is in use or has gone; 135 memory that the frontend shares was cut off. CLEAVE_LOG=debug says more.";
+device is in use or has gone; 135 memory that the frontend shares was cut off. SIGUSR1 says how it is. CLEAVE_LOG=debug says more.";
 
 const LONG_HELP: &str = "\
 Examples:
@@ -99,14 +96,8 @@ Exit codes:
   2    the command line is wrong, or a device that it names
   3    the host lacks something (permission, /dev/net/tun), or the tap device is in use or has gone
   135  memory that the frontend shares was cut off
+SIGUSR1 says how it is: whether a frontend is connected, the link, and what was received, sent and dropped.
 CLEAVE_LOG=debug says more.";
-
-fn queue_size(text: &str) -> Result<u16, String> {
-    match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && (2..=32768).contains(&size) => Ok(size),
-        _ => Err("a power of two from 2 to 32768 is needed".to_owned()),
-    }
-}
 
 /// As the kernel has it (dev_valid_name), but for a '%', of which it would make a number.
 fn interface_name(text: &str) -> Result<String, String> {
@@ -123,8 +114,11 @@ fn interface_name(text: &str) -> Result<String, String> {
 }
 
 fn main() -> std::process::ExitCode {
-    let args = Args::parse();
     logging::init();
+    let args = match cli::read::<Args>() {
+        Ok(args) => args,
+        Err(code) => return code.into(),
+    };
     match run(args) {
         Ok(()) => ExitCode::Success.into(),
         Err(failure) => {
@@ -139,7 +133,7 @@ fn run(args: Args) -> Result<(), Failure> {
         let json = capabilities_json("net", &[]);
         return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
     }
-    let mode = args.common.sandbox;
+    let (mode, max_queue_size) = (args.common.sandbox, args.common.queue_size);
     let (socket, inherited) = args.common.claim_socket_and(&args.tap_fd)?;
     let signals = Signals::new().map_err(Failure::host)?;
     let source = match args.tap {
@@ -155,13 +149,13 @@ fn run(args: Args) -> Result<(), Failure> {
     let mac = args.mac.unwrap_or_else(|| derived_address(tap.name()));
     info!("{}: {pairs} pairs of queues, guest address {mac}", tap.name());
     let endpoint = socket.open()?;
-    let sandbox =
-        Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls: sandbox::IOCTLS };
+    let ioctls = if tap.is_ours() { sandbox::IOCTLS_OF_OURS } else { sandbox::IOCTLS };
+    let sandbox = Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls };
     let confined = sandbox.enter(&endpoint)?;
     let options = NetOptions {
         mac,
         pairs,
-        max_queue_size: args.queue_size,
+        max_queue_size,
         poll: Duration::from_micros(args.poll_us.into()),
         cpus: args.cpus,
     };

@@ -11,7 +11,7 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// Feature bits that depend on what is behind it ([`crate::config_space::feature`]).
     fn features(&self) -> u64;
 
-    /// The largest frame is this and an Ethernet header.
+    /// Bytes of the largest frame, without its Ethernet header.
     fn mtu(&self) -> u16;
 
     /// Makes the headers of frames those that a guest with these features reads and writes. No queue runs.
@@ -44,7 +44,7 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// Whether it is no more, and will not come back to this process.
     fn is_gone(&self) -> bool;
 
-    /// Whether frames can pass. Readable is [`Port::link_fd`] when that may have changed.
+    /// Whether frames can pass. Readable is [`Port::link_fd`] when that may have changed, and not any more after this.
     fn link_is_up(&self) -> bool;
 
     /// See [`Port::link_is_up`]; `None` if it is always up.

@@ -1,7 +1,6 @@
 //! What serving a network needs of the kernel, beyond what every daemon does.
 
-pub(crate) use crate::tap::ioctl::SERVING as IOCTLS;
+pub(crate) use crate::tap::ioctl::{SERVING as IOCTLS, SERVING_OURS as IOCTLS_OF_OURS};
 
 /// Frames, waiting, and the link's state.
-pub(crate) const SYSCALLS: &[i64] =
-    &[libc::SYS_readv, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2, libc::SYS_recvfrom];
+pub(crate) const SYSCALLS: &[i64] = &[libc::SYS_readv, libc::SYS_epoll_pwait, libc::SYS_recvfrom];

@@ -6,9 +6,12 @@
 //!                           unknown --a control queue goes on----> unknown: its driver is asked to announce itself
 //! ```
 //!
-//! *Unknown* is what a daemon finds whose predecessor died: it lets every frame through, on all pairs that run.
+//! *Unknown* is what a daemon finds whose predecessor died: it lets every frame through, on all pairs that have buffers.
+//! Whether a driver starts or goes on is decided once after each SET_FEATURES, by where its rings start: rings are taken
+//! away and given back at other times, too, and what is known must outlive that.
 //!
-//! Invariant: frames go to pair 0, and to those others whose receive queue runs and that the driver uses.
+//! Invariant: frames go to pair 0, and to those others whose receive queue runs and that the driver uses. As long as it is
+//! not known which these are, they are those that the driver has given buffers: Linux enables all, and fills only some.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -55,6 +58,12 @@ struct State {
     control_runs: bool,
     /// By pair: its receive queue runs.
     receives: Vec<bool>,
+    /// By pair: its receive queue has had buffers since it runs.
+    filled: Vec<bool>,
+    /// Features were set, and the control queue has not started since: it may be another driver's.
+    control_undecided: bool,
+    /// The same of the first receive queue.
+    receiver_undecided: bool,
 }
 
 fn unknown(mac: MacAddress) -> Settings {
@@ -77,8 +86,11 @@ impl Shared {
             features: 0,
             control_runs: false,
             receives: vec![false; max_pairs.into()],
+            filled: vec![false; max_pairs.into()],
+            control_undecided: true,
+            receiver_undecided: true,
         };
-        Ok(Self {
+        let shared = Self {
             port,
             max_pairs,
             counters: (0..max_pairs).map(|_| PairCounters::default()).collect(),
@@ -87,7 +99,10 @@ impl Shared {
             filter_version: AtomicU64::new(0),
             changed: event()?,
             nudges: (0..max_pairs).map(|_| event()).collect::<Result<_, _>>()?,
-        })
+        };
+        // Frames that come before there is a driver would wait where nobody may ever look.
+        shared.attach(&shared.state());
+        Ok(shared)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -102,6 +117,7 @@ impl Shared {
     pub(crate) fn set_features(&self, features: u64) {
         let mut state = self.state();
         state.features = features;
+        (state.control_undecided, state.receiver_undecided) = (true, true);
         if features & feature::CTRL_VQ == 0 {
             // Nobody will ever say anything.
             self.replace(&mut state, |home, _| unknown(home));
@@ -112,14 +128,17 @@ impl Shared {
     pub(crate) fn reset(&self) {
         let mut state = self.state();
         (state.features, state.known) = (0, false);
+        (state.control_undecided, state.receiver_undecided) = (true, true);
         self.replace(&mut state, |home, _| unknown(home));
     }
 
-    /// The control queue runs from now on; a fresh one is that of a driver that starts.
+    /// The control queue runs from now on, from its beginning or not.
     pub(crate) fn control_starts(&self, is_fresh: bool) {
         let mut state = self.state();
         state.control_runs = true;
-        if is_fresh {
+        if !std::mem::take(&mut state.control_undecided) {
+            debug!("the control queue goes on");
+        } else if is_fresh {
             state.known = true;
             self.replace(&mut state, |home, features| Settings {
                 filter: Filter::fresh(home, features & feature::CTRL_VLAN != 0),
@@ -140,10 +159,11 @@ impl Shared {
         self.state().control_runs = false;
     }
 
-    /// The receive queue of `pair` runs from now on.
+    /// The receive queue of `pair` runs from now on, from its beginning or not.
     pub(crate) fn receiver_starts(&self, pair: u16, is_fresh: bool) {
         let mut state = self.state();
-        if pair == 0 && is_fresh && !state.control_runs {
+        let undecided = pair == 0 && std::mem::take(&mut state.receiver_undecided);
+        if undecided && is_fresh && !state.control_runs {
             // Another driver than before, of which nothing is known until its control queue starts, if that is ours at all.
             state.known = false;
             self.replace(&mut state, |home, _| unknown(home));
@@ -155,7 +175,17 @@ impl Shared {
     pub(crate) fn receiver_stops(&self, pair: u16) {
         let mut state = self.state();
         state.receives[usize::from(pair)] = false;
+        state.filled[usize::from(pair)] = false;
         self.attach(&state);
+    }
+
+    /// The driver has given the receive queue of `pair` buffers. Said once of each start.
+    pub(crate) fn receiver_has_buffers(&self, pair: u16) {
+        let mut state = self.state();
+        state.filled[usize::from(pair)] = true;
+        if state.settings.pairs.is_none() {
+            self.attach(&state);
+        }
     }
 
     fn replace(&self, state: &mut State, settings: impl FnOnce(MacAddress, u64) -> Settings) {
@@ -170,9 +200,10 @@ impl Shared {
 
     /// Has frames go to the pairs that are in use.
     fn attach(&self, state: &State) {
-        let in_use = state.settings.pairs.unwrap_or(self.max_pairs);
-        for (pair, receives) in (0..self.max_pairs).zip(&state.receives) {
-            if let Err(error) = self.port.set_active(pair, *receives && pair < in_use) {
+        for pair in 0..self.max_pairs {
+            let at = usize::from(pair);
+            let in_use = state.settings.pairs.map_or(state.filled[at], |pairs| pair < pairs);
+            if let Err(error) = self.port.set_active(pair, state.receives[at] && in_use) {
                 warn!("frames do not go to pair {pair} as they should: {error}");
             }
             nudge(&self.nudges[usize::from(pair)]);
@@ -221,6 +252,11 @@ impl Shared {
             max_pairs: self.max_pairs,
             mtu: self.port.mtu(),
         }
+    }
+
+    /// As config space says it.
+    pub(crate) fn link_is_up(&self) -> bool {
+        self.state().link_up
     }
 
     fn tell(&self) {

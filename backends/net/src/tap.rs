@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   named:      none --made, marked as ours, kept by the kernel--> open --orderly end--> removed
-//!               there --opened--> open --orderly end--> removed if it bears our mark, else left as it was
+//!               there --opened--> open --orderly end--> removed if it bears our mark, else kept
 //!   inherited:  open, and never changed but for its headers
 //! ```
 //!
@@ -54,6 +54,8 @@ pub(crate) struct Tap {
     links: Links,
     /// It is in this process's network namespace; what is known of one that is not is nothing.
     visible: bool,
+    /// Its index there: a name may change.
+    index: u32,
     /// To be removed in the end.
     ours: bool,
     mtu: u16,
@@ -94,7 +96,9 @@ impl Tap {
         }
         let queues = open_queues(&name, pairs, found.is_some())?;
         let marked = found.as_ref().is_some_and(|link| link.alias == MARK.as_bytes());
-        let tap = Self::with(name, queues, links, found.is_none() || marked);
+        let mut tap = Self::with(name, queues, links, found.is_none() || marked);
+        // Asked again: it may just have been made.
+        tap.look_up()?;
         if found.is_none() {
             tap.keep()?;
         }
@@ -104,7 +108,16 @@ impl Tap {
     fn with(name: String, queues: Vec<OwnedFd>, links: Links, ours: bool) -> Self {
         let uso = probe_uso(&queues[0]);
         let attached = Mutex::new(vec![true; queues.len()]);
-        Self { name, queues, attached, links, visible: true, ours, mtu: DEFAULT_MTU, uso }
+        Self { name, queues, attached, links, visible: false, index: 0, ours, mtu: DEFAULT_MTU, uso }
+    }
+
+    /// Finds out whether the interface of its name here is this one, and which that is.
+    fn look_up(&mut self) -> Result<(), TapError> {
+        let address = ioctl::hardware_address(&self.queues[0]).unwrap_or_default();
+        let link = self.links.get(&self.name).map_err(TapError::Links)?;
+        let link = link.filter(|link| link.address == address);
+        (self.visible, self.index) = link.map_or((false, 0), |link| (true, link.index));
+        Ok(())
     }
 
     /// Has the kernel keep one that was just made, marked and up.
@@ -143,9 +156,7 @@ impl Tap {
         }
         let name = name.ok_or_else(|| wrong("it is missing".to_owned()))?;
         let mut tap = Self::with(name, queues, links, false);
-        let address = ioctl::hardware_address(&tap.queues[0]).unwrap_or_default();
-        let link = tap.links.get(&tap.name).map_err(TapError::Links)?;
-        tap.visible = link.is_some_and(|link| link.address == address);
+        tap.look_up()?;
         if !tap.visible {
             info!(
                 "{} is in another network namespace: its MTU is taken for {DEFAULT_MTU}, its link for up",
@@ -159,12 +170,17 @@ impl Tap {
         &self.name
     }
 
+    /// Whether it is to be removed in the end.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.ours
+    }
+
     fn link(&self) -> Result<Link, TapError> {
         let nothing = Link { up: true, mtu: self.mtu.into(), ..Link::default() };
         if !self.visible {
             return Ok(nothing);
         }
-        self.links.get(&self.name).map_err(TapError::Links).map(|link| link.unwrap_or(nothing))
+        self.links.by_index(self.index).map_err(TapError::Links).map(|link| link.unwrap_or(nothing))
     }
 
     fn set_mtu(&mut self, mtu: u16) -> Result<(), TapError> {

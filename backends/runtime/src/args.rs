@@ -20,6 +20,10 @@ pub struct CommonArgs {
     #[arg(long, value_name = "N", conflicts_with = "socket_path")]
     pub fd: Option<RawFd>,
 
+    /// Entries of the largest queue a frontend may set up: a power of two
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = queue_size)]
+    pub queue_size: u16,
+
     /// Confine the process before it serves: no files, no network, no privileges, few system calls
     #[arg(long, value_enum, value_name = "on|off", default_value_t, hide_possible_values = true)]
     pub sandbox: SandboxMode,
@@ -27,6 +31,13 @@ pub struct CommonArgs {
     /// Print what this program can do as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && (2..=32768).contains(&size) => Ok(size),
+        _ => Err("a power of two from 2 to 32768 is needed".to_owned()),
+    }
 }
 
 /// The socket these flags mean, not yet listened on: a daemon that cannot start leaves no trace of one.

@@ -1,12 +1,13 @@
 //! The socket on which a backend may speak first (vhost-user, "Back-end communication").
 //!
-//! Invariant: nobody waits for it. What it has no room for is not sent, and it is not used again: a frontend that does not
-//! read asks for nothing better.
+//! Invariant: nobody waits for it. What it has no room for is not sent: the frontend has as much to read already, and finds
+//! the present state when it does.
 
 use std::os::fd::OwnedFd;
 
 use cleave_common::vhost_user::{BackendRequest, Flags, Header};
 use rustix::fs::{FileType, fstat};
+use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use tracing::warn;
 
@@ -30,6 +31,8 @@ impl BackendChannel {
                 .encode();
         let problem = match send(fd, &header, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(sent) if sent == header.len() => return,
+            // It has been told already.
+            Err(Errno::AGAIN) => return,
             Ok(sent) => format!("it took {sent} bytes of {}", header.len()),
             Err(errno) => errno.to_string(),
         };

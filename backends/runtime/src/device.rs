@@ -39,7 +39,8 @@ pub trait Device {
     /// Entries of the largest queue this device serves, a power of two.
     fn max_queue_size(&self) -> u16;
 
-    /// What the guest acknowledged, a subset of [`Device::features`] and VERSION_1. All queues are stopped.
+    /// What the guest acknowledged, a subset of [`Device::features`] and VERSION_1. All queues are stopped. The driver may
+    /// be another one than before; where it goes on, its rings do.
     fn ack_features(&mut self, features: u64);
 
     /// The whole config space. Reads past its end are answered with zeros.

@@ -122,6 +122,18 @@ impl GuestMemory {
         mapped.get_slice(MemoryRegionAddress(addr.0 - said.guest_addr), len).ok()
     }
 
+    /// `len` bytes from `addr`, in as many parts as there are regions that hold them. One that is an error is the last one:
+    /// memory ends there.
+    pub fn slices(
+        &self,
+        addr: GuestAddress,
+        len: usize,
+    ) -> impl Iterator<Item = Result<VolatileSlice<'_>, GuestMemoryError>> {
+        let whole = self.slice(addr, len);
+        let parts = whole.is_none().then(|| self.map.get_slices(addr, len));
+        whole.map(Ok).into_iter().chain(parts.into_iter().flatten())
+    }
+
     /// # Errors
     /// It does not lie in memory.
     pub fn read_obj<T: ByteValued>(&self, addr: GuestAddress) -> Result<T, GuestMemoryError> {

@@ -32,15 +32,19 @@ const SUCCESSOR_GRACE: Duration = Duration::from_millis(300);
 /// How long nobody is accepted after descriptors were short.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(300);
 
+/// How long a device that has changed is left alone: a guest can have its device change all the time.
+const CHANGE_PAUSE: Duration = Duration::from_millis(20);
+
 /// What a turn of the loop found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
     Signal,
-    /// The device may have changed.
-    Change,
     Frontend,
     Knock,
-    GraceOver,
+    /// The device may have changed.
+    Change,
+    /// The deadline has passed.
+    Deadline,
 }
 
 /// How a session ended.
@@ -141,7 +145,7 @@ fn next_frontend(
             Event::Change => {
                 device.take_change();
             }
-            Event::GraceOver => pause = None,
+            Event::Deadline => pause = None,
             Event::Frontend => {}
         }
     }
@@ -183,18 +187,24 @@ fn serve(
     let mut session = Session::new(device);
     // The stream of a second frontend, unless there was no descriptor for it.
     let mut second: Option<(Option<UnixStream>, Instant)> = None;
+    // Until when changes of the device wait.
+    let mut unchanging: Option<Instant> = None;
     loop {
         // While one waits, others stay in the backlog.
         let knocking = listener.filter(|_| second.is_none());
-        let deadline = second.as_ref().map(|(_, until)| *until);
-        match wait(administrator.signals, session.change_fd(), Some(&channel), knocking, deadline)? {
+        let change = session.change_fd().filter(|_| unchanging.is_none());
+        let deadline = second.as_ref().map(|(_, until)| *until).into_iter().chain(unchanging).min();
+        match wait(administrator.signals, change, Some(&channel), knocking, deadline)? {
             Event::Signal => match administrator.signals.take() {
                 Some(Asked::End) => return Ok(End::Terminate),
                 Some(Asked::Reload) => session.reload(),
                 Some(Asked::Report) => administrator.tell(&session.report()),
                 None => {}
             },
-            Event::Change => session.take_change(),
+            Event::Change => {
+                session.take_change();
+                unchanging = Some(Instant::now() + CHANGE_PAUSE);
+            }
             Event::Knock => {
                 let Some(listener) = knocking else { continue };
                 second = match accept(listener)? {
@@ -203,8 +213,10 @@ fn serve(
                     Knock::Shortage => Some((None, Instant::now() + SHORTAGE_PAUSE)),
                 };
             }
-            Event::GraceOver => {
-                if let Some((Some(_), _)) = second.take() {
+            Event::Deadline => {
+                let now = Instant::now();
+                unchanging = unchanging.filter(|until| *until > now);
+                if let Some((Some(_), _)) = second.take_if(|(_, until)| *until <= now) {
                     warn!("refused a second frontend: one is connected already");
                 }
             }
@@ -232,8 +244,8 @@ fn handle_one(session: &mut Session<'_>, channel: &mut Channel) -> bool {
     handled.is_ok()
 }
 
-/// Waits for the most urgent event. A frontend that talks does not put off the deadline; one that hung up goes before it,
-/// for its successor's sake.
+/// Waits for the most urgent event. A frontend that talks does not put off the deadline, nor does a device that changes; one
+/// that hung up goes before it, for its successor's sake.
 fn wait(
     signals: &Signals,
     change: Option<BorrowedFd<'_>>,
@@ -243,9 +255,10 @@ fn wait(
 ) -> Result<Event, Failure> {
     let sources: [Option<(BorrowedFd<'_>, Event)>; 4] = [
         Some((signals.as_fd(), Event::Signal)),
-        change.map(|fd| (fd, Event::Change)),
         channel.map(|channel| (channel.as_fd(), Event::Frontend)),
         listener.map(|listener| (listener.as_fd(), Event::Knock)),
+        // The last one: a guest can make it readable faster than it is emptied.
+        change.map(|fd| (fd, Event::Change)),
     ];
     loop {
         let mut fds: Vec<PollFd<'_>> =
@@ -253,7 +266,7 @@ fn wait(
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut fds, timeout.as_ref()) {
-            Ok(0) => return Ok(Event::GraceOver),
+            Ok(0) => return Ok(Event::Deadline),
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
             Err(errno) => return Err(Failure::host(std::io::Error::from(errno))),
@@ -262,6 +275,30 @@ fn wait(
         let Some((fd, (_, event))) = ready else { continue };
         let hung_up = fd.revents().contains(PollFlags::HUP);
         let over = deadline.is_some_and(|deadline| deadline <= Instant::now());
-        return Ok(if over && *event == Event::Frontend && !hung_up { Event::GraceOver } else { *event });
+        let can_wait = matches!(event, Event::Frontend | Event::Change) && !hung_up;
+        return Ok(if over && can_wait { Event::Deadline } else { *event });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    #[test]
+    fn a_device_that_always_changes_delays_nothing_else() {
+        let signals = Signals::new().unwrap();
+        let changes = eventfd(1, EventfdFlags::NONBLOCK).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let channel = Channel::new(ours);
+        let next = |deadline| wait(&signals, Some(changes.as_fd()), Some(&channel), None, deadline).unwrap();
+        assert_eq!(next(None), Event::Change);
+        assert_eq!(next(Some(Instant::now())), Event::Deadline);
+        rustix::io::write(&theirs, &[0]).unwrap();
+        assert_eq!(next(None), Event::Frontend);
+        assert_eq!(next(Some(Instant::now())), Event::Deadline);
+        drop(theirs);
+        assert_eq!(next(Some(Instant::now())), Event::Frontend, "it hung up");
     }
 }

@@ -8,9 +8,14 @@
 //! [`crate::Vring::is_started`]: the device touches nothing before the first kick. Whatever changes under a running ring takes it
 //! from the device (which drains it), changes, and hands it back.
 //!
+//! What a driver makes available in a ring that is started and disabled waits until the ring is enabled. Of a network
+//! device's the specification would have frames to send taken and discarded ("Ring states"); a frontend that enables a ring
+//! after its first kick would lose them, where waiting loses nothing.
+//!
 //! Invariants: a message is checked whole before anything is changed; a refusal changes nothing (but a ring that its device
 //! fails to start stays stopped); when the session is dropped the device has no vring.
 
+mod error;
 mod rings;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,17 +24,17 @@ use std::time::{Duration, Instant};
 
 use cleave_common::vhost_user::features::{protocol, virtio};
 use cleave_common::vhost_user::{
-    Channel, ChannelError, Config, Flags, FrontendRequest, Inflight, LogBase, MAX_MEM_SLOTS, Malformed,
-    MemoryTable, Message, Payload, SingleRegion, UnknownRequest, VringAddr, VringFd, VringState,
+    Channel, Config, Flags, FrontendRequest, Inflight, LogBase, MAX_MEM_SLOTS, Malformed, MemoryTable,
+    Message, Payload, SingleRegion, VringAddr, VringFd, VringState,
 };
 use tracing::{debug, info, trace, warn};
 
 use crate::backend_channel::BackendChannel;
 use crate::device::Device;
 use crate::dirty_log::DirtyLog;
-use crate::memory::{GuestMemory, MemoryError};
-use crate::shared::SharedError;
-use crate::vring::{InflightArea, InflightError, Notifier, RingError};
+use crate::memory::GuestMemory;
+use crate::vring::{InflightArea, Notifier};
+pub(crate) use error::{Refusal, SessionError};
 use rings::RingSlot;
 
 /// Longest config space a frontend may ask about, in bytes.
@@ -52,54 +57,6 @@ const PROTOCOL_FEATURES: u64 = protocol::MQ
     | protocol::INFLIGHT_SHMFD
     | protocol::RESET_DEVICE
     | protocol::CONFIGURE_MEM_SLOTS;
-
-/// Why a request is not done.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SessionError {
-    #[error("{request}: {source}")]
-    Refused { request: FrontendRequest, source: Refusal },
-    #[error(transparent)]
-    Unknown(#[from] UnknownRequest),
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-}
-
-/// What is wrong with one request.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Refusal {
-    #[error(transparent)]
-    Malformed(#[from] Malformed),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Ring(#[from] RingError),
-    #[error(transparent)]
-    Inflight(#[from] InflightError),
-    #[error("the dirty log: {0}")]
-    Log(#[from] SharedError),
-    #[error("this backend does not implement it")]
-    NotOffered,
-    #[error("features {0:#x} were not offered")]
-    Features(u64),
-    #[error("queue {index} does not exist: the device has {num_queues}")]
-    NoSuchQueue { index: u32, num_queues: u16 },
-    #[error("{num} is no size for a queue: a power of two up to {max} is")]
-    QueueSize { num: u32, max: u16 },
-    #[error("a vring part is misaligned or outside guest memory")]
-    VringOutsideMemory,
-    #[error("not before queue {0} is stopped")]
-    Running(u16),
-    #[error(
-        "queue {0} needs a kick descriptor that can be waited for, an eventfd: this backend does not poll its rings"
-    )]
-    NoKick(u8),
-    #[error("the descriptor is no socket")]
-    NoSocket,
-    #[error("bytes {offset} to {end} are outside config space")]
-    ConfigRange { offset: u64, end: u64 },
-    #[error("{0}")]
-    Device(Box<dyn std::error::Error + Send + Sync>),
-}
 
 /// What goes back when a request is done.
 enum Answer {
@@ -285,11 +242,16 @@ impl<'d> Session<'d> {
             return Err(Refusal::Features(unknown));
         }
         debug!("acked features {features:#x}");
+        // Rings that run are those of the driver that has set these features: it is the log that comes or goes.
+        let same_driver =
+            self.all_stopped().is_err() && (features ^ self.acked_features) & !VHOST_FEATURES == 0;
         self.pause_rings();
         self.acked_features = features;
-        // VERSION_1 is of the ring's layout and of the requests' too.
-        let of_runtime = RING_FEATURES & !virtio::VERSION_1 | VHOST_FEATURES;
-        self.device.ack_features(features & !of_runtime);
+        if !same_driver {
+            // VERSION_1 is of the ring's layout and of the requests' too.
+            let of_runtime = RING_FEATURES & !virtio::VERSION_1 | VHOST_FEATURES;
+            self.device.ack_features(features & !of_runtime);
+        }
         if features & virtio::PROTOCOL_FEATURES == 0 {
             self.rings.iter_mut().for_each(RingSlot::enable);
         }

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use cleave_common::vhost_user::FrontendRequest as Request;
+use rustix::process::Signal;
 
 use super::*;
 
@@ -205,4 +206,65 @@ fn the_frontend_is_told_when_config_space_changes() {
     assert_eq!(driver.control(0, 0, &[0]).unwrap(), 0);
     ours.set_read_timeout(Some(A_WHILE)).unwrap();
     assert!((&ours).read(&mut [0; 12]).is_err());
+}
+
+#[test]
+fn what_the_driver_said_outlives_changes_under_its_rings() {
+    let Some((net, mut driver)) = start_with_driver(&["--queues", "2"]) else { return };
+    driver.offer_many(1, 64, 2048).unwrap();
+    let new = [0x52, 0x54, 0, 0, 0, 9];
+    mode(&mut driver, 0, false);
+    assert_eq!(driver.control(1, 1, &new).unwrap(), 0);
+    assert_eq!(driver.control(4, 0, &[2, 0]).unwrap(), 0);
+    let before = config(&mut driver);
+    // No frame has come yet: the receive queues are where a new driver's would be.
+    driver.frontend.set_mem_table(&driver.ram).unwrap();
+    assert_eq!(config(&mut driver), before);
+    let features = driver.negotiated.acked;
+    for logged in [features | LOG_ALL, features] {
+        driver.frontend.tell(Request::SetFeatures, &logged, &[]).unwrap();
+        assert_eq!(config(&mut driver), before);
+    }
+    assert!(!comes_to(&net, &mut driver, OURS, new));
+}
+
+/// VHOST_F_LOG_ALL.
+const LOG_ALL: u64 = 1 << 26;
+
+/// Whether a frame to `to` comes before one to `known`, on whichever pair.
+fn comes_to(net: &Net, driver: &mut NetDriver, to: [u8; 6], known: [u8; 6]) -> bool {
+    for (seed, to) in [(1, to), (2, known)] {
+        net.wire.send(&WIRE_PLAIN, &frame(to, WORLDS, seed, 90)).unwrap();
+    }
+    let deadline = Instant::now() + SOON;
+    loop {
+        for pair in 0..driver.pairs() {
+            if let Some(came) = driver.receive_within(pair, A_WHILE).unwrap() {
+                return came.bytes == frame(to, WORLDS, 1, 90);
+            }
+        }
+        assert!(Instant::now() < deadline, "no frame comes");
+    }
+}
+
+#[test]
+fn a_report_does_not_swallow_a_change_of_the_link() {
+    let Some((net, mut driver)) = start_with_driver(&[]) else { return };
+    net.daemon.signal(Signal::STOP).unwrap();
+    network::ip("link set tap0 down");
+    net.daemon.signal(Signal::USR1).unwrap();
+    net.daemon.signal(Signal::CONT).unwrap();
+    wait_for_status(&mut driver, 0);
+    net.daemon.wait_for_log("queues run; the link is").unwrap();
+}
+
+#[test]
+fn a_renamed_tap_device_is_still_the_link() {
+    let Some((_net, mut driver)) = start_with_driver(&[]) else { return };
+    network::ip("link set tap0 down");
+    network::ip("link set tap0 name tap9");
+    network::ip("link set tap9 up");
+    wait_for_status(&mut driver, 1);
+    network::ip("link set tap9 down");
+    wait_for_status(&mut driver, 0);
 }

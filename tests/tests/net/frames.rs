@@ -219,3 +219,13 @@ fn rings_stop_and_go_on_where_they_were() {
         reaches_the_guest(&net, &mut driver, &frame(OURS, WORLDS, n, 1000));
     }
 }
+
+/// Where a ring goes on is its frontend's business, and need not be where the used index is.
+#[test]
+fn a_ring_stops_where_it_was_started_when_nothing_was_used() {
+    let Some((_net, mut driver)) = start_with_driver(&[]) else { return };
+    driver.frontend.stop_queue(0).unwrap();
+    driver.frontend.start_queue(0, &driver.queues[0], 3).unwrap();
+    driver.queues[0].kick_now().unwrap();
+    assert_eq!(driver.frontend.stop_queue(0).unwrap(), 3);
+}

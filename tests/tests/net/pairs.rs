@@ -90,3 +90,20 @@ fn without_our_control_queue_the_pairs_that_run_are_used() {
     let counts = spread(&net, &mut driver);
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }
+
+/// As Linux does it: it sets up all pairs, and gives buffers to those that it uses only.
+#[test]
+fn a_successor_sends_no_frame_to_a_pair_without_buffers() {
+    let Some((mut net, mut driver)) = start_with_driver(&["--queues", "4"]) else { return };
+    driver.offer_many(1, 64, 2048).unwrap();
+    assert_eq!(driver.control(4, 0, &[2, 0]).unwrap(), 0);
+    let counts = spread(&net, &mut driver);
+    assert!(counts[0] > 0 && counts[1] > 0, "{counts:?}");
+    net.daemon.kill_and_restart().unwrap();
+    let socket = net.daemon.socket.clone();
+    driver.resume(&socket, None).unwrap();
+    assert_eq!(spread(&net, &mut driver)[2..], [0, 0]);
+    // A pair that is filled later is used from then on.
+    driver.offer_many(3, 64, 2048).unwrap();
+    while spread(&net, &mut driver)[3] == 0 {}
+}

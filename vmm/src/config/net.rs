@@ -1,4 +1,5 @@
-//! `--net`: a network device. With `tap=` it is a daemon that we start, with `socket=` one that someone else runs.
+//! `--net`: a network device (virtio 1.2, 5.1). With `tap=` it is a daemon that we start, with `socket=` one that someone
+//! else runs.
 
 use std::path::PathBuf;
 
@@ -17,9 +18,11 @@ pub struct NetConfig {
     pub tap: Option<String>,
     pub bridge: Option<String>,
     pub mac: Option<MacAddress>,
+    /// Of the tap device: bytes of the largest frame, without its Ethernet header.
     pub mtu: Option<u16>,
     /// Pairs of virtqueues of a daemon that we start, virtqueues of one that cannot say how many it has.
     pub queues: Option<u16>,
+    /// How long a queue's thread may look for work before it sleeps, in microseconds.
     pub poll_us: Option<u32>,
     pub cpus: Option<cleave_common::cpus::CpuList>,
     pub restart: Option<Restart>,
@@ -81,6 +84,8 @@ pub enum NetError {
     RestartLimit(u32),
     #[error("queues={queues}: a network device has 1 to {} pairs of queues", NetConfig::MAX_PAIRS)]
     Queues { queues: u16 },
+    #[error("queues={queues}: a device has 1 to {} queues", DeviceConfig::MAX_QUEUES)]
+    SocketQueues { queues: u16 },
     #[error("{key}={name:?}: an interface's name has 1 to 15 bytes, without spaces, '/', ':' and '%'")]
     Name { key: &'static str, name: String },
     #[error("mtu={0}: it is 68 to 65521 bytes")]
@@ -145,6 +150,9 @@ impl NetConfig {
         match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(NetError::OfTap(key)),
             None => {
+                if let Some(queues) = self.queues.filter(|n| !(1..=DeviceConfig::MAX_QUEUES).contains(n)) {
+                    return Err(NetError::SocketQueues { queues });
+                }
                 let wait = self.wait.unwrap_or_else(DeviceConfig::default_wait);
                 Ok(NetPeer::Socket { socket, wait, queues: self.queues })
             }

@@ -230,6 +230,8 @@ fn networks_are_told_apart_and_none_leaves_out_those_before() {
         (&["none,tap=a"], "'none' stands alone"),
         (&["tap=a,queues=0"], "1 to 64 pairs"),
         (&["tap=a,queues=65"], "1 to 64 pairs"),
+        (&["socket=/s,queues=0"], "queues=0: a device has 1 to 256 queues"),
+        (&["socket=/s,queues=60000"], "1 to 256 queues"),
         (&["tap=a,mtu=67"], "68 to 65521"),
         (&["tap=a,wait=3s"], "wait= is for"),
         (&["tap=a/b"], "tap=\"a/b\": an interface's name"),

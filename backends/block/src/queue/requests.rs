@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use cleave_runtime::{GuestMemory, RingError, Segment};
 use cleave_storage::{Range, RangeOp, Transfer};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::Queue;
 use crate::disk::Waited;
@@ -193,12 +193,7 @@ fn host_buffers(
 ) -> Result<(), vm_memory::GuestMemoryError> {
     buffers.clear();
     for segment in data {
-        let len = segment.len as usize;
-        if let Some(slice) = memory.slice(segment.addr, len) {
-            buffers.push(iovec(&slice));
-            continue;
-        }
-        for slice in memory.map().get_slices(segment.addr, len) {
+        for slice in memory.slices(segment.addr, segment.len as usize) {
             buffers.push(iovec(&slice?));
         }
     }

@@ -1,7 +1,7 @@
 //! The control queue: commands of the driver's, each answered with one byte (virtio 1.2, 5.1.6.5).
 
 use cleave_runtime::{Chain, Command, GuestMemory, Inbox, Polling};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestAddress;
 
 use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work};
 use crate::control::{ERR, MAX_COMMAND, OK};
@@ -33,8 +33,7 @@ impl Commands<'_> {
         }
         let answer_to =
             self.chain.writable().iter().find(|segment| segment.len != 0).map(|segment| segment.addr);
-        let Some(answer_to) = answer_to.filter(|addr| ring.vring.memory().map().address_in_range(*addr))
-        else {
+        let Some(answer_to) = answer_to.filter(|addr| ring.vring.memory().slice(*addr, 1).is_some()) else {
             ring.complain(&"a control command has no room for its answer, or has it outside of memory");
             return 0;
         };
@@ -51,7 +50,7 @@ impl Commands<'_> {
 }
 
 fn write(memory: &GuestMemory, at: GuestAddress, byte: u8) -> bool {
-    memory.map().write_obj(byte, at).is_ok()
+    memory.write_obj(byte, at).is_ok()
 }
 
 fn words(chain: &Chain, memory: &GuestMemory) -> Option<Vec<u8>> {
@@ -63,7 +62,7 @@ fn words(chain: &Chain, memory: &GuestMemory) -> Option<Vec<u8>> {
     let mut rest = &mut words[..];
     for segment in chain.readable() {
         let (part, behind) = rest.split_at_mut(segment.len as usize);
-        memory.map().read_slice(part, segment.addr).ok()?;
+        memory.read(part, segment.addr).ok()?;
         rest = behind;
     }
     Some(words)

@@ -99,6 +99,8 @@ struct Receiver<'s> {
     /// Frames for which room for the largest is offered.
     large: u32,
     port_ready: bool,
+    /// It is known that the driver uses this queue: there was a buffer.
+    filled: bool,
     counters: &'s Received,
 }
 
@@ -128,6 +130,7 @@ impl<'s> Receiver<'s> {
             held: None,
             large: 0,
             port_ready: true,
+            filled: false,
             counters: &shared.counters[usize::from(pair)].received,
         }
     }
@@ -147,6 +150,7 @@ impl<'s> Receiver<'s> {
             }
             let Some(head) = ring.vring.next_head()? else { return Ok(()) };
             if std::mem::replace(&mut self.is_fetched[usize::from(head)], true) {
+                ring.vring.unfetch(1);
                 return Err(QueueError::HeadTwice(head));
             }
             match self.add(ring, head) {
@@ -290,6 +294,9 @@ impl Work for Receiver<'_> {
             if self.fetched.is_empty() {
                 return Ok(Next::Driver);
             }
+            if !std::mem::replace(&mut self.filled, true) {
+                self.shared.receiver_has_buffers(self.pair);
+            }
             if self.read(ring)?.is_none() {
                 self.port_ready = false;
             }
@@ -302,6 +309,7 @@ impl Work for Receiver<'_> {
     }
 
     fn end(&mut self, ring: &mut Ring) {
-        ring.vring.unfetch();
+        // Unusable ones and these are all that a queue of at most 32768 entries has.
+        ring.vring.unfetch((self.fetched.len() + usize::from(self.unusable.is_some())) as u16);
     }
 }

@@ -119,7 +119,7 @@ impl Work for Transmitter<'_> {
 
     fn end(&mut self, ring: &mut Ring) {
         if self.waiting.take().is_some() {
-            ring.vring.unfetch();
+            ring.vring.unfetch(1);
         }
     }
 }

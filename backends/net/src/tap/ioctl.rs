@@ -18,9 +18,13 @@ const SETVNETHDRSZ: Opcode = libc::TUNSETVNETHDRSZ as Opcode;
 const SETQUEUE: Opcode = libc::TUNSETQUEUE as Opcode;
 const GETHWADDR: Opcode = libc::SIOCGIFHWADDR as Opcode;
 
-/// Those that are needed while frames flow, and to end.
+/// Those that are needed while frames flow.
 pub(crate) const SERVING: &[u64] =
-    &[libc::TUNGETIFF, libc::TUNSETPERSIST, libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ, libc::TUNSETQUEUE];
+    &[libc::TUNGETIFF, libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ, libc::TUNSETQUEUE];
+
+/// And to remove the tap device in the end.
+pub(crate) const SERVING_OURS: &[u64] =
+    &[libc::TUNGETIFF, libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ, libc::TUNSETQUEUE, libc::TUNSETPERSIST];
 
 /// Bytes of an interface's name, with the NUL behind it.
 const NAME_LEN: usize = libc::IFNAMSIZ;

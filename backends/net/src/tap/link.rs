@@ -98,6 +98,15 @@ impl Links {
     pub(super) fn get(&self, name: &str) -> io::Result<Option<Link>> {
         let mut message = Message::new(libc::RTM_GETLINK, 0, 0, false);
         message.attribute(attribute::IFNAME, &[name.as_bytes(), &[0]].concat());
+        self.found(message)
+    }
+
+    /// The interface of this index, whatever its name is by now.
+    pub(super) fn by_index(&self, index: u32) -> io::Result<Option<Link>> {
+        self.found(Message::new(libc::RTM_GETLINK, index, 0, false))
+    }
+
+    fn found(&self, message: Message) -> io::Result<Option<Link>> {
         match self.ask(message) {
             Ok(answer) => Ok(Some(parse(&answer)?)),
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
@@ -225,7 +234,9 @@ mod tests {
         let lo = links.get("lo").unwrap().unwrap();
         assert_eq!((lo.index, lo.address, lo.master), (1, vec![0; 6], None));
         assert!(lo.mtu >= 1500);
+        assert_eq!(links.by_index(1).unwrap().unwrap().index, 1);
         assert_eq!(links.get("no-such-device").unwrap(), None);
+        assert_eq!(links.by_index(u32::MAX >> 1).unwrap(), None);
         links.forget_changes();
         let error = links.change(u32::MAX >> 1, &Change::Mtu(1500)).unwrap_err();
         // Without privileges the one, with them the other.

@@ -135,6 +135,12 @@ impl SplitRing {
         self.seen_avail = self.next_avail;
     }
 
+    /// Goes back by `count` heads, which will be fetched again.
+    pub(crate) fn rewind(&mut self, count: u16) {
+        self.next_avail -= count;
+        self.seen_avail = self.next_avail;
+    }
+
     pub(crate) fn descriptor_table(&self) -> GuestAddress {
         self.descriptors
     }

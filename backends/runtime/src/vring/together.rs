@@ -35,16 +35,17 @@ impl Vring {
         Ok(())
     }
 
-    /// Gives back what has been fetched and not pushed, before a stop: whoever serves the ring next fetches it again. Only
-    /// for a device that pushes in the order in which it fetches.
-    pub fn unfetch(&mut self) {
-        // Where the frontend keeps what is in flight, it comes again from there.
+    /// Gives back the last `count` heads fetched, none of which has been pushed, before a stop: whoever serves the ring
+    /// next fetches them again.
+    pub fn unfetch(&mut self, count: u16) {
+        // Where the frontend keeps what is in flight, they come again from there.
         if self.inflight.is_none() {
-            self.ring.skip(0);
+            self.ring.rewind(count);
         }
     }
 
-    /// Whether nobody has served this ring since its driver set it up.
+    /// Whether this ring is at its beginning. As a rule nobody has served it then since its driver set it up; but it may
+    /// have been taken away before its first chain was used, or have come round.
     pub fn is_fresh(&self) -> bool {
         self.ring.next_avail() == 0 && self.ring.next_used() == 0 && self.resubmit.is_empty()
     }
