@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -252,6 +252,13 @@ fn it_serves_an_inherited_connection_and_ends_with_it() {
     assert_eq!(driver.read(0, 4096).unwrap().0, IoStatus::Ok);
     drop(driver);
     assert_eq!(child.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn an_inherited_socket_of_another_kind_is_refused() {
+    let (_ours, theirs) = UnixDatagram::pair().unwrap();
+    let mut child = inherit(theirs.into(), &disk(MIB));
+    assert_eq!(child.0.wait().unwrap().code(), Some(2));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::socket::{ListenError, MAX_PATH_LEN, SocketFile, listen};
-use rustix::net::{AddressFamily, sockopt};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -103,7 +103,8 @@ impl Endpoint {
     pub fn inherited(fd: RawFd) -> Result<Self, SocketError> {
         let owned = take_inherited(fd).ok_or(SocketError::BadFd { fd })?;
         let bad = |_| SocketError::BadFd { fd };
-        if sockopt::socket_domain(&owned).ok() != Some(AddressFamily::UNIX) {
+        let kind = (sockopt::socket_domain(&owned), sockopt::socket_type(&owned));
+        if kind != (Ok(AddressFamily::UNIX), Ok(SocketType::STREAM)) {
             return Err(SocketError::BadFd { fd });
         }
         rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC).map_err(bad)?;

@@ -15,7 +15,9 @@ pub enum Malformed {
     TooManyRegions(u32),
     #[error("{got} file descriptors came where {expected} are due")]
     Fds { expected: usize, got: usize },
-    #[error("more file descriptors came with one message than it may carry")]
+    #[error(
+        "more file descriptors came with one message than it may carry, or than this process may open ('ulimit -n')"
+    )]
     TooManyFds,
     #[error("{what}: {value:#x} is not allowed")]
     Value { what: &'static str, value: u64 },

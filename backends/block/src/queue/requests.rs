@@ -137,7 +137,14 @@ impl Queue<'_> {
         let status = match result {
             Ok(()) => Status::Ok,
             Err(error) => {
-                self.complain(&format_args!("the disk failed: {error}"));
+                let advice = match error.kind() {
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                        " (--on-full=pause has writes wait for room)"
+                    }
+                    io::ErrorKind::UnexpectedEof => " (its file has become shorter)",
+                    _ => "",
+                };
+                self.complain(&format_args!("the disk failed: {error}{advice}"));
                 Status::IoErr
             }
         };
