@@ -3,7 +3,24 @@
 use clap::Parser;
 use clap::error::ErrorKind;
 
-use crate::exit::ExitCode;
+use crate::exit::{ExitCode, Failure};
+use crate::logging;
+
+/// All of a program: its log, its command line, what it does, and in one line why it could not.
+pub fn main<P: Parser>(run: impl FnOnce(P) -> Result<(), Failure>) -> std::process::ExitCode {
+    logging::init();
+    let args = match read() {
+        Ok(args) => args,
+        Err(code) => return code.into(),
+    };
+    match run(args) {
+        Ok(()) => ExitCode::Success.into(),
+        Err(failure) => {
+            eprintln!("{}: {failure}", name::<P>());
+            failure.code.into()
+        }
+    }
+}
 
 /// The command line.
 ///

@@ -15,8 +15,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use cleave_common::cli;
 use cleave_common::cpus::CpuList;
-use cleave_common::exit::{ExitCode, Failure};
-use cleave_common::logging;
+use cleave_common::exit::Failure;
 use cleave_common::options;
 use cleave_common::throttle::ThrottleConfig;
 use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json};
@@ -155,18 +154,7 @@ fn throttle_config(text: &str) -> Result<ThrottleConfig, String> {
 }
 
 fn main() -> std::process::ExitCode {
-    logging::init();
-    let args = match cli::read::<Args>() {
-        Ok(args) => args,
-        Err(code) => return code.into(),
-    };
-    match run(args) {
-        Ok(()) => ExitCode::Success.into(),
-        Err(failure) => {
-            eprintln!("cleave-block: {failure}");
-            failure.code.into()
-        }
-    }
+    cli::main(run)
 }
 
 fn run(args: Args) -> Result<(), Failure> {

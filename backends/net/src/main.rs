@@ -21,8 +21,8 @@ use std::time::Duration;
 use clap::{ArgGroup, Parser};
 use cleave_common::cli;
 use cleave_common::cpus::CpuList;
-use cleave_common::exit::{ExitCode, Failure};
-use cleave_common::logging;
+use cleave_common::exit::Failure;
+use cleave_common::interface::{self, NotAnInterfaceName};
 use cleave_common::mac::MacAddress;
 use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, cpus};
 use tracing::info;
@@ -99,33 +99,12 @@ Exit codes:
 SIGUSR1 says how it is: whether a frontend is connected, the link, and what was received, sent and dropped.
 CLEAVE_LOG=debug says more.";
 
-/// As the kernel has it (dev_valid_name), but for a '%', of which it would make a number.
-fn interface_name(text: &str) -> Result<String, String> {
-    let odd = |byte: u8| byte.is_ascii_whitespace() || matches!(byte, b'/' | b':' | b'%' | 0);
-    let fits = (1..libc::IFNAMSIZ).contains(&text.len()) && !matches!(text, "." | "..");
-    if fits && !text.bytes().any(odd) {
-        Ok(text.to_owned())
-    } else {
-        Err(format!(
-            "an interface's name has 1 to {} bytes, without spaces, '/', ':' and '%'",
-            libc::IFNAMSIZ - 1
-        ))
-    }
+fn interface_name(text: &str) -> Result<String, NotAnInterfaceName> {
+    interface::check(text).map(|()| text.to_owned())
 }
 
 fn main() -> std::process::ExitCode {
-    logging::init();
-    let args = match cli::read::<Args>() {
-        Ok(args) => args,
-        Err(code) => return code.into(),
-    };
-    match run(args) {
-        Ok(()) => ExitCode::Success.into(),
-        Err(failure) => {
-            eprintln!("cleave-net: {failure}");
-            failure.code.into()
-        }
-    }
+    cli::main(run)
 }
 
 fn run(args: Args) -> Result<(), Failure> {

@@ -81,6 +81,22 @@ pub enum Restart {
     Never,
 }
 
+/// A limit of what never happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "restart-limit={0} says how often a daemon is started again, and restart=never that it never is: leave one of them out"
+)]
+pub struct RestartLimitError(u32);
+
+impl Restart {
+    pub(super) fn check_limit(self, limit: Option<u32>) -> Result<(), RestartLimitError> {
+        match (self, limit) {
+            (Self::Never, Some(limit)) => Err(RestartLimitError(limit)),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What stands between the guest's writes and the medium.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]

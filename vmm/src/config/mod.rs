@@ -85,8 +85,8 @@ pub enum ConfigError {
     Memory(#[from] memory::MemoryConfigError),
     #[error("--disk {path}: queues={queues}: a disk has 1 to {max} queues", path = .path.display(), max = DiskConfig::MAX_QUEUES)]
     DiskQueues { path: PathBuf, queues: u16 },
-    #[error("--disk {path}: restart-limit={limit} says how often a daemon is started again, and restart=never that it never is: leave one of them out", path = .path.display())]
-    RestartLimit { path: PathBuf, limit: u32 },
+    #[error("--disk {path}: {source}", path = .path.display())]
+    RestartLimit { path: PathBuf, source: device::RestartLimitError },
     #[error("--disk {path}: io-timeout=: {reason}", path = .path.display())]
     IoTimeout { path: PathBuf, reason: &'static str },
     #[error("--device {name}: queues={queues}: a device has 1 to {max} queues", max = DeviceConfig::MAX_QUEUES)]
@@ -169,9 +169,8 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         {
             return Err(ConfigError::DiskQueues { path: disk.path.clone(), queues });
         }
-        if let (Restart::Never, Some(limit)) = (disk.restart, disk.restart_limit) {
-            return Err(ConfigError::RestartLimit { path: disk.path.clone(), limit });
-        }
+        let refused = |source| ConfigError::RestartLimit { path: disk.path.clone(), source };
+        disk.restart.check_limit(disk.restart_limit).map_err(refused)?;
         check_io_timeout(disk)?;
         let refused = |source| ConfigError::DiskThrottle { path: disk.path.clone(), source };
         disk.throttle.validate().map_err(refused)?;

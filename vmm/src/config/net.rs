@@ -3,10 +3,11 @@
 
 use std::path::PathBuf;
 
+use cleave_common::interface::{self, NotAnInterfaceName};
 use cleave_common::mac::MacAddress;
 use serde::Deserialize;
 
-use super::device::{DeviceConfig, Restart, TimeSpan};
+use super::device::{DeviceConfig, Restart, RestartLimitError, TimeSpan};
 
 /// `--net tap=NAME[,bridge=NAME][,mac=ADDRESS][,mtu=BYTES][,queues=N][,poll-us=N][,cpus=LIST][,restart=...]`,
 /// `--net socket=PATH[,wait=30s][,queues=N]`, each with `[,id=ID]`; or `--net none`.
@@ -78,15 +79,13 @@ pub enum NetError {
         "wait= is for a daemon that someone else runs (socket=), and not for one that cleave starts (tap=)"
     )]
     OfSocket,
-    #[error(
-        "restart-limit={0} says how often a daemon is started again, and restart=never that it never is: leave one of them out"
-    )]
-    RestartLimit(u32),
+    #[error(transparent)]
+    RestartLimit(#[from] RestartLimitError),
     #[error("queues={queues}: a network device has 1 to {} pairs of queues", NetConfig::MAX_PAIRS)]
     Queues { queues: u16 },
     #[error("queues={queues}: a device has 1 to {} queues", DeviceConfig::MAX_QUEUES)]
     SocketQueues { queues: u16 },
-    #[error("{key}={name:?}: an interface's name has 1 to 15 bytes, without spaces, '/', ':' and '%'")]
+    #[error("{key}={name:?}: {NotAnInterfaceName}")]
     Name { key: &'static str, name: String },
     #[error("mtu={0}: it is 68 to 65521 bytes")]
     Mtu(u16),
@@ -118,16 +117,14 @@ impl NetConfig {
     fn with_tap(self, tap: String) -> Result<NetPeer, NetError> {
         let names = [("tap", Some(&tap)), ("bridge", self.bridge.as_ref())];
         for (key, name) in names {
-            if let Some(name) = name.filter(|name| !is_interface_name(name)) {
+            if let Some(name) = name.filter(|name| interface::check(name).is_err()) {
                 return Err(NetError::Name { key, name: name.clone() });
             }
         }
         if self.wait.is_some() {
             return Err(NetError::OfSocket);
         }
-        if let (Some(Restart::Never), Some(limit)) = (self.restart, self.restart_limit) {
-            return Err(NetError::RestartLimit(limit));
-        }
+        self.restart.unwrap_or_default().check_limit(self.restart_limit)?;
         if let Some(queues) = self.queues.filter(|queues| !(1..=Self::MAX_PAIRS).contains(queues)) {
             return Err(NetError::Queues { queues });
         }
@@ -163,10 +160,4 @@ impl NetConfig {
     pub fn says_more(&self) -> bool {
         Self { kind: None, ..self.clone() } != Self::default()
     }
-}
-
-/// As the kernel has it (dev_valid_name), but for a '%', of which it would make a number.
-fn is_interface_name(name: &str) -> bool {
-    let odd = |byte: u8| byte.is_ascii_whitespace() || matches!(byte, b'/' | b':' | b'%' | 0);
-    (1..=15).contains(&name.len()) && !matches!(name, "." | "..") && !name.bytes().any(odd)
 }
