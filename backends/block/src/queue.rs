@@ -20,17 +20,14 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Inbox, Polling, RingError, Stop, Vring};
+use cleave_runtime::{Chain, Command, Complaints, Inbox, Polling, RingError, Stop, Vring};
 use cleave_storage::{Engine, Event, WatchId};
-use tracing::{debug, error, warn};
+use tracing::{error, warn};
 
 use crate::disk::{Disk, OnFull};
 use requests::Pending;
 use waiting::Waiting;
 use way::Way;
-
-/// Most complaints about one guest's requests, from one start of the queue to its stop.
-const MAX_COMPLAINTS: u32 = 8;
 
 /// What a queue's thread waits for beside I/O and the kick.
 #[derive(Debug, Clone, Copy)]
@@ -86,7 +83,7 @@ struct Queue<'e> {
     /// What finds no room when the queue stops is left unanswered, and not failed.
     leaving: bool,
     broken: bool,
-    complaints: u32,
+    complaints: Complaints,
     /// Requests answered, those of earlier vrings included.
     served: u64,
 }
@@ -113,7 +110,7 @@ impl<'e> Queue<'e> {
             stopping: false,
             leaving: false,
             broken: false,
-            complaints: 0,
+            complaints: Complaints::default(),
             served,
         }
     }
@@ -281,12 +278,7 @@ impl<'e> Queue<'e> {
     }
 
     fn complain(&mut self, what: &dyn std::fmt::Display) {
-        self.complaints += 1;
-        match self.complaints {
-            ..MAX_COMPLAINTS => warn!("{}: {what}", self.vring.index()),
-            MAX_COMPLAINTS => warn!("{}: {what} (and more, which are not shown)", self.vring.index()),
-            _ => debug!("{}: {what}", self.vring.index()),
-        }
+        self.complaints.add(self.vring.index(), what);
     }
 }
 

@@ -24,14 +24,11 @@ use std::io;
 use std::time::Instant;
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Command, Inbox, Polling, RingError, Vring};
-use tracing::{debug, error, warn};
+use cleave_runtime::{Command, Complaints, Inbox, Polling, RingError, Vring};
+use tracing::{error, warn};
 
 use crate::port::Port;
 pub(crate) use waiter::{Ready, Waiter};
-
-/// Most complaints about one guest's rings, from one start of the queue to its stop.
-const MAX_COMPLAINTS: u32 = 8;
 
 /// Most chains or frames of one turn: then commands are looked at.
 const BATCH: u16 = 64;
@@ -74,12 +71,12 @@ pub(crate) struct Ring {
     broken: bool,
     /// The guest has been asked for kicks, or may think so.
     kicks_wanted: bool,
-    complaints: u32,
+    complaints: Complaints,
 }
 
 impl Ring {
     fn new(vring: Vring) -> Self {
-        Self { vring, broken: false, kicks_wanted: true, complaints: 0 }
+        Self { vring, broken: false, kicks_wanted: true, complaints: Complaints::default() }
     }
 
     fn serves(&self) -> bool {
@@ -99,12 +96,7 @@ impl Ring {
     }
 
     pub(crate) fn complain(&mut self, what: &dyn Display) {
-        self.complaints += 1;
-        match self.complaints {
-            ..MAX_COMPLAINTS => warn!("{}: {what}", self.vring.index()),
-            MAX_COMPLAINTS => warn!("{}: {what} (and more, which are not shown)", self.vring.index()),
-            _ => debug!("{}: {what}", self.vring.index()),
-        }
+        self.complaints.add(self.vring.index(), what);
     }
 }
 

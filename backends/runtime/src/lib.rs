@@ -5,6 +5,7 @@
 
 mod args;
 mod backend_channel;
+mod complaints;
 pub mod cpus;
 mod device;
 mod dirty_log;
@@ -21,6 +22,7 @@ mod socket;
 mod vring;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
+pub use complaints::Complaints;
 pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};
 pub use polling::Polling;
