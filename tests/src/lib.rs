@@ -15,6 +15,7 @@ pub mod kernel;
 pub mod lab;
 pub mod network;
 pub mod peers;
+pub mod qemu;
 pub mod survival;
 pub mod tools;
 pub mod vm;

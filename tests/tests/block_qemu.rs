@@ -12,6 +12,7 @@ use cleave_tests::cache::Cache;
 use cleave_tests::driver::Daemon;
 use cleave_tests::guest;
 use cleave_tests::kernel::Kernel;
+use cleave_tests::qemu;
 use cleave_tests::tools::{Tools, qemu_command_in};
 use cleave_tests::vm::Vm;
 use common::{MIB, disk, pattern, start};
@@ -55,22 +56,9 @@ fn qemu(cache: &Cache, daemon: &Daemon, script: &str) -> Vm {
 
 /// With more options of the socket.
 fn qemu_with(cache: &Cache, daemon: &Daemon, script: &str, socket_options: &str) -> Vm {
-    let kernel = Kernel::of_guests(cache).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let initrd = directory.path().join("initrd");
-    guest::with_script(&guest::initramfs(cache).unwrap(), script, &initrd).unwrap();
-    let mut command = Command::new(Tools::open(cache).unwrap().qemu_path());
-    command.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512M"]);
-    command.args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem"]);
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
-    command.arg("-kernel").arg(kernel.bzimage()).arg("-initrd").arg(&initrd);
-    command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
-    command.arg("-chardev").arg(format!("socket,id=c0,path={}{socket_options}", daemon.socket.display()));
-    command.args(["-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"]);
-    let vm = Vm::start(&mut command).unwrap();
-    // QEMU has read its files by the time the guest runs.
-    vm.expect("INIT-REACHED", Duration::from_secs(120)).unwrap();
-    vm
+    let chardev = format!("socket,id=c0,path={}{socket_options}", daemon.socket.display());
+    let device = "vhost-user-blk-pci,chardev=c0,num-queues=2";
+    qemu::guest(cache, script, &["-chardev", &chardev, "-device", device])
 }
 
 #[test]

@@ -13,6 +13,7 @@ use cleave_tests::driver::Daemon;
 use cleave_tests::guest;
 use cleave_tests::kernel::Kernel;
 use cleave_tests::network::{self, ip};
+use cleave_tests::qemu;
 use cleave_tests::tools::{Tools, qemu_command_in};
 use cleave_tests::vm::Vm;
 
@@ -48,23 +49,10 @@ fn serve(listener: &TcpListener) -> io::Result<bool> {
 }
 
 fn qemu(cache: &Cache, daemon: &Daemon) -> Vm {
-    let kernel = Kernel::of_guests(cache).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let initrd = directory.path().join("initrd");
-    guest::with_script(&guest::initramfs(cache).unwrap(), SCRIPT, &initrd).unwrap();
-    let mut command = Command::new(Tools::open(cache).unwrap().qemu_path());
-    command.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512M"]);
-    command.args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem"]);
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
-    command.arg("-kernel").arg(kernel.bzimage()).arg("-initrd").arg(&initrd);
-    command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
-    command.arg("-chardev").arg(format!("socket,id=c0,path={},reconnect-ms=100", daemon.socket.display()));
-    command.args(["-netdev", "vhost-user,id=n0,chardev=c0,queues=2"]);
-    command.args(["-device", "virtio-net-pci,netdev=n0,mq=on,vectors=6,mac=52:54:00:00:00:01"]);
-    let vm = Vm::start(&mut command).unwrap();
-    // QEMU has read its files by the time the guest runs.
-    vm.expect("INIT-REACHED", BOOT).unwrap();
-    vm
+    let chardev = format!("socket,id=c0,path={},reconnect-ms=100", daemon.socket.display());
+    let device = "virtio-net-pci,netdev=n0,mq=on,vectors=6,mac=52:54:00:00:00:01";
+    let netdev = "vhost-user,id=n0,chardev=c0,queues=2";
+    qemu::guest(cache, SCRIPT, &["-chardev", &chardev, "-netdev", netdev, "-device", device])
 }
 
 #[test]

@@ -89,18 +89,22 @@ impl InflightRegion {
     }
 }
 
+/// Has what is in flight on all queues kept in a fresh region from now on. The queues stop for that, and go on.
+pub(super) fn track(frontend: &mut Frontend, queues: &[SplitQueue]) -> Result<InflightRegion> {
+    let bases =
+        (0..queues.len() as u16).map(|index| frontend.stop_queue(index)).collect::<Result<Vec<u16>>>()?;
+    let region = frontend.get_inflight(bases.len() as u16, queues[0].size)?;
+    frontend.set_inflight(&region)?;
+    for (index, (queue, base)) in queues.iter().zip(bases).enumerate() {
+        frontend.start_queue(index as u16, queue, base)?;
+    }
+    Ok(region)
+}
+
 impl BlockDriver {
     /// Has the requests of all queues kept in a fresh region from now on. Nothing may be in flight.
     pub fn track_inflight(&mut self) -> Result<InflightRegion> {
-        let bases = (0..self.queues.len() as u16)
-            .map(|index| self.frontend.stop_queue(index))
-            .collect::<Result<Vec<u16>>>()?;
-        let region = self.frontend.get_inflight(bases.len() as u16, self.queues[0].size)?;
-        self.frontend.set_inflight(&region)?;
-        for (index, base) in bases.into_iter().enumerate() {
-            self.frontend.start_queue(index as u16, &self.queues[index], base)?;
-        }
-        Ok(region)
+        track(&mut self.frontend, &self.queues)
     }
 
     /// Goes on with a successor of the backend, as frontends do that did not see the last one's end coming: the rings are as

@@ -8,6 +8,7 @@ use cleave_common::vhost_user::features::virtio;
 
 use super::{
     Buffer, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, PATIENCE, Result, SplitQueue, Vring,
+    inflight,
 };
 
 /// Bytes of the header before each frame.
@@ -96,15 +97,8 @@ impl NetDriver {
 
     /// Has the requests of all queues kept in a fresh region from now on. Nothing may be in flight.
     pub fn track_inflight(&mut self) -> Result<InflightRegion> {
-        let bases = (0..self.queues.len() as u16)
-            .map(|index| self.frontend.stop_queue(index))
-            .collect::<Result<Vec<u16>>>()?;
-        let region = self.frontend.get_inflight(bases.len() as u16, self.queues[0].size)?;
-        self.frontend.set_inflight(&region)?;
-        for (index, base) in bases.into_iter().enumerate() {
-            self.frontend.start_queue(index as u16, &self.queues[index], base)?;
-            self.queues[index].kick_now()?;
-        }
+        let region = inflight::track(&mut self.frontend, &self.queues)?;
+        self.queues.iter_mut().try_for_each(SplitQueue::kick_now)?;
         Ok(region)
     }
 

@@ -218,25 +218,39 @@ fn unbind_and_bind(rig: &Rig) -> Outcome<()> {
     nothing_left_behind()
 }
 
-fn reboot(rig: &Rig) -> Outcome<()> {
-    let (socket, disk) = (rig.path("reboot.sock"), rig.blank("disk", 4 << 20)?);
-    let daemon = start_daemon(rig, &socket, &disk, &[])?;
-    let device = format!("type=block,socket={},wait=30s", socket.display());
-    let mut vm = shell_with(rig, &["--device", &device])?;
-    vm.send("reboot -f")?;
+/// The guest of a shell starts over by the command `again`, with its daemon there and without.
+fn starts_over(
+    rig: &Rig,
+    mut vm: Vm,
+    daemon: Vm,
+    (socket, disk): (&Path, &Path),
+    again: &str,
+) -> Outcome<()> {
+    vm.send(again)?;
+    vm.expect("INIT-REACHED", BOOT)?;
     vm.expect("SHELL", BOOT)?;
     reads(&mut vm, 2)?;
     end(daemon)?;
     // With a request that nobody answers.
-    vm.send("(dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null) & sleep 1; reboot -f")?;
+    vm.send(&format!(
+        "(dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null) & sleep 1; {again}"
+    ))?;
     vm.expect("INIT-REACHED", BOOT)?;
-    let daemon = start_daemon(rig, &socket, &disk, &[])?;
+    let daemon = start_daemon(rig, socket, disk, &[])?;
     vm.expect("SHELL", BOOT)?;
     reads(&mut vm, 3)?;
     vm.send("poweroff -f")?;
     vm.finish(SOON)?;
     end(daemon)?;
     nothing_left_behind()
+}
+
+fn reboot(rig: &Rig) -> Outcome<()> {
+    let (socket, disk) = (rig.path("reboot.sock"), rig.blank("disk", 4 << 20)?);
+    let daemon = start_daemon(rig, &socket, &disk, &[])?;
+    let device = format!("type=block,socket={},wait=30s", socket.display());
+    let vm = shell_with(rig, &["--device", &device])?;
+    starts_over(rig, vm, daemon, (&socket, &disk), "reboot -f")
 }
 
 /// The new kernel finds the device as the old one left it: running. Nobody has reset it, and no firmware has run.
@@ -246,19 +260,5 @@ fn kexec(rig: &Rig) -> Outcome<()> {
     let mut vm = rig.shell_with_kexec(2)?.device("block", &socket).with(["--cpus", "2"]).start()?;
     vm.expect("SHELL", BOOT)?;
     reads(&mut vm, 1)?;
-    vm.send("/kexec")?;
-    vm.expect("INIT-REACHED", BOOT)?;
-    vm.expect("SHELL", BOOT)?;
-    reads(&mut vm, 2)?;
-    end(daemon)?;
-    // With a request that nobody answers.
-    vm.send("(dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null) & sleep 1; /kexec")?;
-    vm.expect("INIT-REACHED", BOOT)?;
-    let daemon = start_daemon(rig, &socket, &disk, &[])?;
-    vm.expect("SHELL", BOOT)?;
-    reads(&mut vm, 3)?;
-    vm.send("poweroff -f")?;
-    vm.finish(SOON)?;
-    end(daemon)?;
-    nothing_left_behind()
+    starts_over(rig, vm, daemon, (&socket, &disk), "/kexec")
 }
