@@ -1,11 +1,12 @@
-//! Unit attentions: what has happened behind an initiator's back (SAM-5, 5.14).
+//! Unit attentions: what has happened behind an initiator's back (SAM-5, unit attention conditions).
 //!
 //! Each nexus has its own set. A command that is not exempt reports the foremost one instead of being executed, which
 //! takes it off.
 
 use crate::sense::Sense;
 
-/// In the order in which they are reported (SAM-5, table 44: resets first, then I_T nexus loss, then others).
+/// In the order in which they are reported (SAM-5, their precedence: resets first, then I_T nexus loss,
+/// then others).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Attention {
@@ -39,7 +40,7 @@ impl Attention {
         Self::RemovalRequested,
     ];
 
-    /// SPC-4, annex F.2.
+    /// SPC-4, additional sense codes.
     fn sense(self) -> Sense {
         let (code, qualifier) = match self {
             Self::PowerOn => (0x29, 0x00),

@@ -23,7 +23,7 @@ struct Extent {
 impl Extent {
     fn of_6(cmd: &Cmd<'_>) -> Self {
         let lba = u64::from(cmd.cdb.be24(1) & 0x1f_ffff);
-        // SBC-3, 5.10: none are 256.
+        // SBC-2, READ (6): none are 256.
         let blocks = match cmd.cdb.byte(4) {
             0 => 256,
             blocks => blocks.into(),
@@ -43,7 +43,7 @@ impl Extent {
         Self { lba: cmd.cdb.be64(2), blocks: cmd.cdb.be32(10).into(), length_at: 10 }
     }
 
-    /// Its bytes, if they are there. Blocks that are not are so even if there are none of them (SBC-3, 4.4.1).
+    /// Its bytes, if they are there. Blocks that are not are so even if there are none of them (SBC-3, 5.11).
     fn range(self, medium: Medium, block_size: u32) -> Result<Range, Sense> {
         if self.lba >= medium.blocks || self.blocks > medium.blocks - self.lba {
             return Err(Sense::LBA_OUT_OF_RANGE);

@@ -22,7 +22,7 @@ fn address(block: u64) -> u32 {
     u32::try_from(block).unwrap_or(u32::MAX)
 }
 
-/// Minute, second, frame (MMC-6, 4.2.3.3), as far as that can say it.
+/// Minute, second, frame (MMC-6, MSF addresses), as far as that can say it.
 fn minute_second_frame(block: u64) -> [u8; 3] {
     let frames = block + PREGAP;
     let minute = frames / (75 * 60);

@@ -28,7 +28,7 @@ impl Cdb {
         self.bytes[0]
     }
 
-    /// Where the commands that share an operation code have it (SPC-4, 4.2.2.3).
+    /// Where the commands that share an operation code have it (SPC-4, 4.2.5.2).
     pub(crate) fn service_action(&self) -> u8 {
         self.bytes[1] & 0x1f
     }

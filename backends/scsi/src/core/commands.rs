@@ -36,15 +36,16 @@ pub(crate) struct Command {
     pub(crate) service_action: Option<u8>,
     pub(crate) devices: Devices,
     pub(crate) access: Access,
-    /// It is executed although a unit attention is pending, which stays (SAM-5, 5.14; MMC-6, 4.1.6).
+    /// It is executed although a unit attention is pending, which stays (SAM-5, unit attention conditions; MMC-6 has two
+    /// more such commands than SPC-4).
     pub(crate) passes_attention: bool,
-    /// CDB usage data (SPC-4, 6.34.2): the bits that are looked at. Its length is the command's.
+    /// CDB usage data (SPC-4, 6.35.3): the bits that are looked at. Its length is the command's.
     pub(crate) usage: &'static [u8],
     pub(crate) run: fn(&mut Unit, &Cmd<'_>) -> Outcome,
 }
 
 impl Command {
-    /// As it is in [`Command::access`], but for the commands for which a bit decides (SBC-3, table 13).
+    /// As it is in [`Command::access`], but for the commands for which a bit decides (SBC-3, reservations).
     pub(crate) fn access(&self, cdb: &Cdb) -> Access {
         const START_STOP_UNIT: u8 = 0x1b;
         const PREVENT_ALLOW_MEDIUM_REMOVAL: u8 = 0x1e;
@@ -55,7 +56,7 @@ impl Command {
         }
     }
 
-    /// Bits of its CONTROL byte that are set and not supported: no ACA, so no NACA (SAM-5, 5.2).
+    /// Bits of its CONTROL byte that are set and not supported: no ACA, so no NACA (SAM-5, CONTROL byte).
     pub(crate) fn check_control(&self, cdb: &Cdb) -> Result<(), Sense> {
         cdb.refuse_bit(self.usage.len() - 1, 2)
     }

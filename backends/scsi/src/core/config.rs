@@ -25,7 +25,7 @@ pub enum ConfigError {
     Fixed,
 }
 
-/// How the unit is called (SPC-4, 6.4.2 and 7.8).
+/// How the unit is called (SPC-4, 6.6.2 and 7.8).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     pub(crate) product: [u8; 16],
@@ -101,7 +101,7 @@ pub struct Disk {
     /// The first logical block at the start of a physical one.
     pub lowest_aligned: u16,
     pub removable: bool,
-    /// MEDIUM ROTATION RATE (SBC-3, table 195): 1 does not rotate, 0 does not say.
+    /// MEDIUM ROTATION RATE (SBC-3): 1 does not rotate, 0 does not say.
     pub rotation_rate: u16,
     pub write_cache: WriteCache,
     pub unmap: Option<Unmap>,

@@ -1,4 +1,4 @@
-//! INQUIRY and the vital product data (SPC-4, 6.4 and 7.8; SBC-3, 6.5).
+//! INQUIRY and the vital product data (SPC-4, 6.6 and 7.8, and the pages of SBC-3).
 
 use crate::blocks::{provision, verify};
 use crate::cdb::put;
@@ -32,7 +32,7 @@ pub(crate) fn inquiry(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be16(3).into() })
 }
 
-/// The answer to INQUIRY of a LUN that is not there (SPC-4, 6.4.1 and table 175).
+/// The answer to INQUIRY of a LUN that is not there (SPC-4, 6.6.2: PERIPHERAL QUALIFIER).
 pub(crate) fn of_nothing(cmd: &Cmd<'_>, is_lun_0: bool) -> Outcome {
     if cmd.cdb.bit(1, 0) || cmd.cdb.byte(2) != 0 {
         return Err(Sense::cdb(2).into());
@@ -59,7 +59,7 @@ fn standard(device_type: u8, removable: bool, product: &[u8; 16], is_disk: bool)
     put(&mut bytes, 8, VENDOR);
     put(&mut bytes, 16, *product);
     put(&mut bytes, 32, REVISION);
-    // SAM-5, SPC-4 and, for disks, SBC-3, none of a certain revision (SPC-4, table 179).
+    // SAM-5, SPC-4 and, for disks, SBC-3, none of a certain revision (SPC-4, 6.6.2).
     put(&mut bytes, 58, 0x00a0u16.to_be_bytes());
     put(&mut bytes, 60, 0x0460u16.to_be_bytes());
     if is_disk {
@@ -133,7 +133,7 @@ fn designators(unit: &Unit) -> Vec<u8> {
     bytes
 }
 
-/// SBC-3, 6.5.3. Offsets are the standard's, less the header's four bytes.
+/// SBC-3, Block Limits VPD page. Offsets are the standard's, less the header's four bytes.
 fn block_limits(disk: &Disk) -> Vec<u8> {
     const UGAVALID: u32 = 1 << 31;
     let mut page = vec![0; 0x3c];
@@ -151,14 +151,14 @@ fn block_limits(disk: &Disk) -> Vec<u8> {
     page
 }
 
-/// SBC-3, 6.5.2.
+/// SBC-3, Block Device Characteristics VPD page.
 fn characteristics(disk: &Disk) -> Vec<u8> {
     let mut page = vec![0; 0x3c];
     put(&mut page, 0, disk.rotation_rate.to_be_bytes());
     page
 }
 
-/// SBC-3, 6.5.4.
+/// SBC-3, Logical Block Provisioning VPD page.
 fn provisioning(disk: &Disk) -> Vec<u8> {
     const LBPU: u8 = 1 << 7;
     const LBPWS: u8 = 1 << 6;

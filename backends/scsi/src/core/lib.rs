@@ -1,8 +1,11 @@
 //! The SCSI core of cleave-scsi: what a target says and does for each command, and nothing of how commands come, where
 //! data is, or who waits. It knows no virtio, no file and no clock; it is tested from the tables of the standards.
 //!
-//! - SPC-4 (r37): INQUIRY, mode pages, sense data, persistent reservations, what is supported.
-//! - SBC-3 (r36): disks. MMC-6 (r2g): CD-ROM and DVD drives. SAM-5: statuses, unit attentions, task management.
+//! - SPC-4 (r36f): INQUIRY, mode pages, sense data, persistent reservations, what is supported.
+//! - SBC-3 (r36): disks. MMC-6: CD-ROM and DVD drives. SAM-5: statuses, unit attentions, task management.
+//!
+//! Clauses are cited by number of these revisions of SPC-4 and SBC-3, and otherwise by the name of the command, page or
+//! field: numbers move from revision to revision.
 //!
 //! A [`Target`] has [`Unit`]s by [`Lun`]; a [`Unit`] keeps what each initiator ([`Nexus`]) has not been told yet, its mode
 //! pages and its reservations. A command is a [`Request`] and becomes a [`Step`]: an answer, or I/O that the caller does

@@ -12,7 +12,7 @@ pub struct TaskName {
     pub tag: u64,
 }
 
-/// SAM-5, table 46, without CLEAR ACA: there is no ACA condition.
+/// SAM-5, clause 7, without CLEAR ACA: there is no ACA condition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TaskManagement {
     AbortTask(u64),

@@ -1,4 +1,5 @@
-//! Mode pages: what a unit's behaviour is, and what an initiator may change of it (SPC-4, 7.5; SBC-3, 6.4; MMC-6, 7).
+//! Mode pages: what a unit's behaviour is, and what an initiator may change of it (SPC-4, 7.5, and
+//! the mode parameters of SBC-3 and MMC-6).
 
 pub(crate) mod select;
 pub(crate) mod sense;
@@ -22,7 +23,7 @@ impl Modes {
     }
 }
 
-/// Which values (PC; SPC-4, 6.11.3). Nothing is saved.
+/// Which values (PC; SPC-4, 6.13). Nothing is saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Values {
     Current,
@@ -40,7 +41,7 @@ const CD_CAPABILITIES: u8 = 0x2a;
 /// All pages, with this code.
 const ALL: u8 = 0x3f;
 
-/// In the caching page (SBC-3, 6.4.5).
+/// In the caching page (SBC-3).
 const WCE: (usize, u8) = (2, 1 << 2);
 /// In the control page (SPC-4, 7.5.8).
 const D_SENSE: (usize, u8) = (2, 1 << 2);
@@ -111,7 +112,7 @@ impl Unit {
         page[SWP.0] = if modes.software_write_protect { SWP.1 } else { 0 };
     }
 
-    /// CD capabilities and mechanical status (MMC-3, 5.5.10; drivers still ask for it). Writing, audio and several
+    /// CD capabilities and mechanical status (page 2Ah of MMC-3; drivers still ask for it). Writing, audio and several
     /// sessions are not among them.
     fn cd_capabilities(&self, page: &mut [u8]) {
         /// Of 176 kB/s each, at 48 times the speed of an audio CD.

@@ -1,4 +1,4 @@
-//! Starting, stopping, locking and ejecting (SPC-4, 6.47; SBC-3, 5.12 and 5.19; MMC-6, 6.13 and 6.47).
+//! Starting, stopping, locking and ejecting (SPC-4, 6.47; SBC-3, 5.10 and 5.25; MMC-6, START STOP UNIT).
 
 use crate::sense::Sense;
 use crate::task::{Action, Cmd, Outcome, Reply};
@@ -57,7 +57,7 @@ fn load(unit: &mut Unit) -> Reply {
     Reply::Control { actions, used: 0 }
 }
 
-/// Whoever has locked it: an initiator unlocks it first if it means it (MMC-6, 6.13.3).
+/// Whoever has locked it: an initiator unlocks it first if it means it (MMC-6, PREVENT ALLOW MEDIUM REMOVAL).
 fn eject(unit: &mut Unit) -> Outcome {
     if unit.is_locked() {
         return Err(Sense::MEDIUM_REMOVAL_PREVENTED.into());
@@ -74,9 +74,9 @@ fn eject(unit: &mut Unit) -> Outcome {
     Ok(Reply::Control { actions, used: 0 })
 }
 
-/// Each initiator holds the tray by itself (SBC-3, 5.12). A fixed disk is held anyway.
+/// Each initiator holds the tray by itself (SBC-3, 5.10). A fixed disk is held anyway.
 pub(crate) fn prevent_allow(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
-    // PREVENT: a persistent one is for changers (MMC-6, 6.13.2).
+    // PREVENT: a persistent one is for changers (MMC-6).
     if cmd.cdb.bit(4, 1) {
         return Err(Sense::cdb_bit(4, 1).into());
     }

@@ -1,4 +1,4 @@
-//! REQUEST SENSE, REPORT LUNS, and what commands there are (SPC-4, 6.33 to 6.35 and 6.39).
+//! REQUEST SENSE, REPORT LUNS, and what commands there are (SPC-4, 6.33, 6.35, 6.36 and 6.39).
 
 use crate::cdb::Cdb;
 use crate::commands::{self, Command};
@@ -42,10 +42,10 @@ pub(crate) fn luns(cmd: &Cmd<'_>, luns: &[Lun]) -> Outcome {
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be32(6).into() })
 }
 
-/// Of a command timeouts descriptor; no command has any (SPC-4, 6.34.4).
+/// Of a command timeouts descriptor; no command has any (SPC-4, 6.35.4).
 const TIMEOUTS: [u8; 12] = [0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// SPC-4, 6.34.
+/// SPC-4, 6.35.
 pub(crate) fn operation_codes(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     const RCTD: u8 = 7;
     let timeouts = cmd.cdb.bit(2, RCTD);
@@ -99,7 +99,7 @@ fn one_code(unit: &Unit, cdb: &Cdb, options: u8, timeouts: bool) -> Result<Vec<u
     Ok(bytes)
 }
 
-/// SPC-4, 6.35: what [`crate::TaskManagement`] has, and nothing more.
+/// SPC-4, 6.36: what [`crate::TaskManagement`] has, and nothing more.
 pub(crate) fn task_management_functions(_: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     const REPD: u8 = 7;
     const ABORT_TASK: u8 = 1 << 7;

@@ -1,4 +1,4 @@
-//! Persistent reservations of one logical unit (SPC-4, 5.12).
+//! Persistent reservations of one logical unit (SPC-4, 5.13).
 //!
 //! ```text
 //!   unregistered ⇄ registered ──RESERVE──> holder          (all registrants types: every registered nexus is one)
@@ -20,7 +20,7 @@ use crate::task::{Nexus, Refusal};
 /// Most nexuses that can be registered.
 pub(crate) const MAX_REGISTRANTS: usize = 64;
 
-/// SPC-4, table 70.
+/// SPC-4, 6.15.3.4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Type {
@@ -77,7 +77,7 @@ impl Type {
     }
 }
 
-/// What a command does, as far as a reservation cares (SPC-4, table 67; SBC-3, table 13).
+/// What a command does, as far as a reservation cares (SPC-4, table 65; SBC-3, reservations).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
     /// Allowed whoever holds what.
@@ -105,7 +105,7 @@ pub(crate) struct Held {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Change {
     pub(crate) told: Vec<(Nexus, Attention)>,
-    /// The nexuses that have lost their registration to a preemption.
+    /// The nexuses whose reservation or registration was preempted: maybe the preempting one's own.
     pub(crate) preempted: Vec<Nexus>,
 }
 
@@ -129,7 +129,7 @@ impl Reservations {
         })
     }
 
-    /// Whether a command of `nexus` conflicts (SPC-4, table 67).
+    /// Whether a command of `nexus` conflicts (SPC-4, table 65).
     pub(crate) fn conflicts(&self, nexus: Nexus, access: Access) -> bool {
         let Some(held) = self.held else { return false };
         let refused = match access {
@@ -147,7 +147,7 @@ impl Reservations {
         if self.key_of(nexus) == Some(key) { Ok(()) } else { Err(Refusal::Conflict) }
     }
 
-    /// REGISTER, and with `ignore` REGISTER AND IGNORE EXISTING KEY (SPC-4, 5.12.7, table 55 and 56).
+    /// REGISTER, and with `ignore` REGISTER AND IGNORE EXISTING KEY (SPC-4, 5.13.7, tables 67 and 68).
     pub(crate) fn register(
         &mut self,
         nexus: Nexus,
@@ -161,7 +161,7 @@ impl Reservations {
             return Err(Refusal::Conflict);
         }
         let change = match (existing, new) {
-            (None, 0) => Change::default(),
+            (None, 0) => return Ok(Change::default()),
             (None, new) => {
                 self.add(nexus, new)?;
                 Change::default()
@@ -191,7 +191,7 @@ impl Reservations {
         }
     }
 
-    /// SPC-4, 5.12.11.2.
+    /// SPC-4, 5.13.11.2.3.
     fn unregister(&mut self, nexus: Nexus) -> Change {
         let held = self.held.filter(|_| self.is_holder(nexus));
         self.registrants.retain(|registrant| registrant.nexus != nexus);
@@ -203,7 +203,7 @@ impl Reservations {
         }
     }
 
-    /// The reservation ends; registered nexuses hear of it if it was theirs, too (SPC-4, 5.12.11.1).
+    /// The reservation ends; registered nexuses hear of it if it was theirs, too (SPC-4, 5.13.11.2.2).
     fn end(&mut self, kind: Type, by: Nexus) -> Change {
         self.held = None;
         let told = match kind.is_for_registrants() {
@@ -217,7 +217,7 @@ impl Reservations {
         self.registrants.iter().map(|registrant| registrant.nexus).filter(move |other| *other != nexus)
     }
 
-    /// RESERVE (SPC-4, 5.12.9).
+    /// RESERVE (SPC-4, 5.13.9).
     pub(crate) fn reserve(&mut self, nexus: Nexus, key: u64, kind: Type) -> Result<Change, Refusal> {
         self.check_key(nexus, key)?;
         match self.held {
@@ -228,7 +228,7 @@ impl Reservations {
         Ok(Change::default())
     }
 
-    /// RELEASE (SPC-4, 5.12.11.1).
+    /// RELEASE (SPC-4, 5.13.11.2.2).
     pub(crate) fn release(&mut self, nexus: Nexus, key: u64, kind: Type) -> Result<Change, Refusal> {
         self.check_key(nexus, key)?;
         match self.held {
@@ -238,7 +238,7 @@ impl Reservations {
         }
     }
 
-    /// CLEAR (SPC-4, 5.12.11.6).
+    /// CLEAR (SPC-4, 5.13.11.2.7).
     pub(crate) fn clear(&mut self, nexus: Nexus, key: u64) -> Result<Change, Refusal> {
         self.check_key(nexus, key)?;
         let told = self.others(nexus).map(|other| (other, Attention::ReservationsPreempted)).collect();
@@ -248,23 +248,24 @@ impl Reservations {
         Ok(Change { told, ..Change::default() })
     }
 
-    /// PREEMPT, and the reservations' part of PREEMPT AND ABORT (SPC-4, 5.12.11.4 and 5.12.11.5).
+    /// PREEMPT, and the reservations' part of PREEMPT AND ABORT (SPC-4, 5.13.11.2.4, table 72). The type counts only if
+    /// the reservation changes hands.
     pub(crate) fn preempt(
         &mut self,
         nexus: Nexus,
         key: u64,
         victim: u64,
-        kind: Type,
+        kind: Result<Type, Refusal>,
     ) -> Result<Change, Refusal> {
         self.check_key(nexus, key)?;
         let change = match self.held {
             Some(held) if held.kind.is_all_registrants() && victim == 0 => {
-                self.take_over(nexus, kind, |_| true)
+                self.take_over(nexus, kind?, held.kind, |_| true)
             }
             Some(held) if !held.kind.is_all_registrants() && self.key_of(held.holder) == Some(victim) => {
-                self.take_over(nexus, kind, |registrant| registrant.key == victim)
+                self.take_over(nexus, kind?, held.kind, |registrant| registrant.key == victim)
             }
-            // Zero names no registration (SPC-4, 5.12.11.4.1).
+            // Zero names no registration.
             _ if victim == 0 => return Err(Sense::list(8).into()),
             _ => self.remove(nexus, victim)?,
         };
@@ -272,22 +273,26 @@ impl Reservations {
         Ok(change)
     }
 
-    /// Registrations go and the reservation changes hands (SPC-4, 5.12.11.4.3). The preempting one keeps its own.
-    fn take_over(&mut self, nexus: Nexus, kind: Type, loses: impl Fn(&Registrant) -> bool) -> Change {
-        let before = self.held.map(|held| held.kind);
-        let preempted: Vec<Nexus> =
-            self.registrants.iter().filter(|r| r.nexus != nexus && loses(r)).map(|r| r.nexus).collect();
-        self.registrants.retain(|registrant| !preempted.contains(&registrant.nexus));
+    /// Registrations go and the reservation changes hands (SPC-4, 5.13.11.2.4.3). The preempting one keeps its own.
+    fn take_over(
+        &mut self,
+        nexus: Nexus,
+        kind: Type,
+        before: Type,
+        loses: impl Fn(&Registrant) -> bool,
+    ) -> Change {
+        let preempted: Vec<Nexus> = self.registrants.iter().filter(|r| loses(r)).map(|r| r.nexus).collect();
+        self.registrants.retain(|registrant| registrant.nexus == nexus || !loses(registrant));
         self.held = Some(Held { kind, holder: nexus });
-        let mut told: Vec<_> =
-            preempted.iter().map(|nexus| (*nexus, Attention::RegistrationsPreempted)).collect();
-        if before.is_some_and(|before| before != kind && before.is_for_registrants()) {
+        let told = preempted.iter().filter(|other| **other != nexus);
+        let mut told: Vec<_> = told.map(|other| (*other, Attention::RegistrationsPreempted)).collect();
+        if before != kind {
             told.extend(self.others(nexus).map(|other| (other, Attention::ReservationsReleased)));
         }
         Change { told, preempted }
     }
 
-    /// Registrations go, and with the last one of an all registrants type the reservation (SPC-4, 5.12.11.4.4).
+    /// Registrations go, and with the last one of an all registrants type the reservation (SPC-4, 5.13.11.2.5).
     fn remove(&mut self, nexus: Nexus, victim: u64) -> Result<Change, Refusal> {
         let preempted: Vec<Nexus> =
             self.registrants.iter().filter(|r| r.key == victim).map(|r| r.nexus).collect();
@@ -303,7 +308,7 @@ impl Reservations {
         Ok(Change { told, preempted })
     }
 
-    /// REGISTER AND MOVE: registers `to` and gives it the reservation (SPC-4, 5.12.8).
+    /// REGISTER AND MOVE: registers `to` and gives it the reservation (SPC-4, 5.13.8, table 70).
     pub(crate) fn move_to(
         &mut self,
         nexus: Nexus,
@@ -314,11 +319,14 @@ impl Reservations {
         aptpl: bool,
     ) -> Result<Change, Refusal> {
         self.check_key(nexus, key)?;
+        let held = self.held.ok_or(Sense::cdb_bit(1, 4))?;
         // Of an all registrants type there is no one holder that could give it away.
-        let Some(held) = self.held.filter(|held| held.holder == nexus && !held.kind.is_all_registrants())
-        else {
+        if held.holder != nexus || held.kind.is_all_registrants() {
             return Err(Refusal::Conflict);
-        };
+        }
+        if new == 0 {
+            return Err(Sense::list(8).into());
+        }
         match self.key_of(to) {
             Some(_) => self.set_key(to, new),
             None => self.add(to, new)?,

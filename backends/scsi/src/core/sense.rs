@@ -1,6 +1,6 @@
 //! Why a command failed, and the two formats in which it is told (SPC-4, 4.5).
 
-/// What kind of trouble (SPC-4, table 48).
+/// What kind of trouble (SPC-4, 4.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum SenseKey {
@@ -38,7 +38,7 @@ impl Field {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sense {
     pub key: SenseKey,
-    /// ADDITIONAL SENSE CODE and its qualifier (SPC-4, annex F.2).
+    /// ADDITIONAL SENSE CODE and its qualifier (SPC-4, 4.5).
     pub code: (u8, u8),
     /// What the INFORMATION field holds: mostly a logical block address.
     pub information: Option<u64>,

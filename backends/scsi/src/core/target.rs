@@ -1,4 +1,4 @@
-//! A target: logical units by number, and answers for numbers that have none (SAM-5, 4.7; SPC-4, 6.33).
+//! A target: logical units by number, and answers for numbers that have none (SAM-5, logical unit numbers; SPC-4, 6.33).
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -35,7 +35,7 @@ impl Lun {
     }
 
     /// The first two bytes of an eight byte LUN; the others are zero. Linux and others want numbers below 256 in
-    /// peripheral device addressing (SAM-5, 4.7.7).
+    /// peripheral device addressing (SAM-5).
     pub fn encode(self) -> [u8; 2] {
         match self.0.to_be_bytes() {
             [0, low] => [0, low],
@@ -189,7 +189,7 @@ fn of<'a>(request: &Request<'_>, cdb: &'a Cdb) -> Cmd<'a> {
     Cmd { nexus, cdb, data_out, data_in, list: None }
 }
 
-/// SPC-4, 6.4.1 and 6.39; SAM-5, 5.11: INQUIRY and REQUEST SENSE are answered for numbers that have no unit, too.
+/// SPC-4, 6.6 and 6.39; SAM-5, incorrect logical unit numbers: INQUIRY and REQUEST SENSE are answered for numbers that have no unit, too.
 fn stray(lun: Lun, request: &Request<'_>) -> Step {
     let cdb = Cdb::new(request.cdb);
     let cmd = of(request, &cdb);

@@ -12,7 +12,7 @@
 
 use crate::sense::{Sense, SenseData};
 
-/// The initiator port that a command came from: together with the one target port there is, the I_T nexus (SAM-5, 4.8).
+/// The initiator port that a command came from: together with the one target port there is, the I_T nexus (SAM-5).
 ///
 /// The number is the port's name (NAA, as in a SAS TransportID): persistent reservations are kept by it, so it has to be
 /// the same when the initiator comes back.
@@ -20,7 +20,7 @@ use crate::sense::{Sense, SenseData};
 #[serde(transparent)]
 pub struct Nexus(pub u64);
 
-/// How a command wants to be ordered among others (SAM-5, 8.6). The caller orders them.
+/// How a command wants to be ordered among others (SAM-5, task attributes). The caller orders them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Attribute {
     #[default]
@@ -43,7 +43,7 @@ pub struct Request<'a> {
     pub data_in: u64,
 }
 
-/// SAM-5, 5.3.
+/// SAM-5, status codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
@@ -108,7 +108,7 @@ pub enum Io {
 /// What to do beside moving data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// All tasks of these on this logical unit, except the one that brings this.
+    /// All tasks of these on this logical unit end, except the one that brings this.
     Abort(Vec<Nexus>),
     /// As [`Io::Flush`].
     Flush,

@@ -50,7 +50,7 @@ pub enum EjectError {
     Fixed,
 }
 
-/// Why a unit is set back to what it was at first (SAM-5, 6.3).
+/// Why a unit is set back to what it was at first (SAM-5, clause 6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reset {
     /// The whole device: the guest's machine has been reset or its driver has reset the controller.
@@ -127,7 +127,7 @@ impl Unit {
 
     /// What comes before the command itself.
     fn admit(&mut self, cmd: &Cmd<'_>, attribute: Attribute) -> Result<(), Refusal> {
-        // There is no ACA condition ever (SAM-5, 8.6.5).
+        // There is no ACA condition ever (SAM-5, task attributes).
         if attribute == Attribute::Aca {
             return Err(Sense::INVALID_MESSAGE.into());
         }
@@ -144,7 +144,9 @@ impl Unit {
         if cmd.cdb.len() < command.usage.len() {
             return Err(Sense::INVALID_FIELD_IN_CDB.into());
         }
-        if self.reservations.conflicts(cmd.nexus, command.access(cmd.cdb)) {
+        // A command that has been let in stays in (SPC-4, 5.13.1).
+        let arrives = cmd.list.is_none();
+        if arrives && self.reservations.conflicts(cmd.nexus, command.access(cmd.cdb)) {
             return Err(Refusal::Conflict);
         }
         command.check_control(cmd.cdb)?;
@@ -308,7 +310,7 @@ impl Unit {
         self.nexuses.iter_mut().for_each(|state| state.media_event = Some(event));
     }
 
-    /// What has to be true again after a reset. Reservations stay (SPC-4, 5.12.1). The caller ends the tasks first.
+    /// What has to be true again after a reset. Reservations stay (SPC-4, 5.13.1). The caller ends the tasks first.
     pub fn reset(&mut self, reset: Reset) {
         let attention = match reset {
             Reset::NexusLoss(nexus) => {
@@ -326,7 +328,7 @@ impl Unit {
     }
 
     /// A task management function of another nexus has ended tasks of `nexus`, without an answer to them: it is told
-    /// (SAM-5, 5.6).
+    /// (SAM-5, aborting commands).
     pub fn commands_cleared(&mut self, nexus: Nexus) {
         self.tell(nexus, Attention::CommandsCleared);
     }

@@ -1,4 +1,4 @@
-//! READ CAPACITY (SBC-3, 5.15 and 5.16; MMC-6, 6.17).
+//! READ CAPACITY (SBC-3, 5.15 and 5.16; MMC-6).
 
 use crate::cdb::put;
 use crate::sense::Sense;

@@ -1,4 +1,4 @@
-//! SYNCHRONIZE CACHE (SBC-3, 5.34 and 5.35).
+//! SYNCHRONIZE CACHE (SBC-3, 5.26 and 5.27).
 
 use super::Extent;
 use crate::task::{Cmd, Io, Outcome, Reply};

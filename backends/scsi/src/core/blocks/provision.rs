@@ -1,4 +1,4 @@
-//! UNMAP and WRITE SAME (SBC-3, 5.36, 5.43 and 5.44).
+//! UNMAP and WRITE SAME (SBC-3, 5.28, 5.43 and 5.44).
 
 use super::{Extent, no_protection};
 use crate::cdb::{be16, be32, be64};
@@ -52,7 +52,7 @@ pub(crate) fn unmap(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     }
 }
 
-/// A descriptor that is cut off is left out (SBC-3, 5.36.2).
+/// A descriptor that is cut off is left out (SBC-3, 5.28).
 fn descriptors(unit: &Unit, list: &[u8]) -> Result<Vec<Range>, Refusal> {
     let medium = unit.writable()?;
     let named = usize::from(be16(list, 2)) / DESCRIPTOR;

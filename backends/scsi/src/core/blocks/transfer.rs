@@ -1,4 +1,4 @@
-//! READ and WRITE (SBC-3, 5.10 to 5.14 and 5.38 to 5.42).
+//! READ and WRITE (SBC-3, 5.11 to 5.13 and 5.33 to 5.35; those of six bytes are in SBC-2).
 
 use super::{Extent, data_out, no_protection};
 use crate::task::{Cmd, Io, Outcome, Refusal, Reply};

@@ -1,4 +1,4 @@
-//! VERIFY and COMPARE AND WRITE (SBC-3, 5.2 and 5.37 to 5.39).
+//! VERIFY and COMPARE AND WRITE (SBC-3, 5.2 and 5.29 to 5.31).
 
 use super::{Extent, data_out, no_protection};
 use crate::sense::Sense;

@@ -1,4 +1,4 @@
-//! GET CONFIGURATION: profiles and features (MMC-6, 5 and 6.5).
+//! GET CONFIGURATION: profiles and features (MMC-6, clause 5).
 
 use super::is_dvd;
 use crate::cdb::put;
@@ -19,7 +19,7 @@ struct Feature {
 }
 
 impl Feature {
-    /// MMC-6, 5.2.2.
+    /// MMC-6, feature descriptor.
     fn encode(&self) -> Vec<u8> {
         let [high, low] = self.code.to_be_bytes();
         let flags = self.version << 2 | u8::from(self.persistent) << 1 | u8::from(self.current);

@@ -1,4 +1,4 @@
-//! What the disc is, and the odd ways of reading it (MMC-6, 6.9, 6.18, 6.20, 6.21, 6.36 and 6.38).
+//! What the disc is, and the odd ways of reading it (MMC-6).
 
 use super::is_dvd;
 use crate::cdb::put;
@@ -7,7 +7,7 @@ use crate::sense::Sense;
 use crate::task::{Cmd, Io, Outcome, Range, Refusal, Reply};
 use crate::unit::Unit;
 
-/// MMC-6, 6.21: one complete session on a finalized disc.
+/// READ DISC INFORMATION: one complete session on a finalized disc.
 pub(crate) fn read_disc_information(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     const COMPLETE_SESSION: u8 = 3 << 2;
     const FINALIZED: u8 = 2;
@@ -27,7 +27,7 @@ pub(crate) fn read_disc_information(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be16(7).into() })
 }
 
-/// MMC-6, 6.22: of a CD there is none, of a DVD the physical format and that it is not protected.
+/// READ DISC STRUCTURE: of a CD there is none, of a DVD the physical format and that it is not protected.
 pub(crate) fn read_disc_structure(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     const PHYSICAL: u8 = 0x00;
     const COPYRIGHT: u8 = 0x01;
@@ -52,7 +52,7 @@ pub(crate) fn read_disc_structure(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be16(8).into() })
 }
 
-/// MMC-6, 6.22.3.2.1: a DVD-ROM of one layer.
+/// Format 00h: a DVD-ROM of one layer.
 fn physical_format(medium: Medium) -> Vec<u8> {
     /// Of 120 mm, any rate.
     const SIZE_AND_RATE: u8 = 0x0f;
@@ -70,7 +70,7 @@ fn physical_format(medium: Medium) -> Vec<u8> {
     body
 }
 
-/// MMC-6, 6.9.
+/// MECHANISM STATUS, without slots.
 pub(crate) fn mechanism_status(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     const DOOR_OPEN: u8 = 1 << 4;
     let mut bytes = vec![0; 8];
@@ -78,7 +78,7 @@ pub(crate) fn mechanism_status(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be16(8).into() })
 }
 
-/// READ CD (MMC-6, 6.15), of user data: there is nothing else in an image.
+/// READ CD, of user data: there is nothing else in an image.
 pub(crate) fn read_cd(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     const USER_DATA: u8 = 0x10;
     const MODE_1: u8 = 2;
@@ -112,12 +112,12 @@ pub(crate) fn read_cd(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     Ok(Reply::Io { io: Io::Read { range, fua: false }, used: range.len })
 }
 
-/// MMC-6, 6.36: any speed is as good.
+/// SET CD SPEED: any speed is as good.
 pub(crate) fn set_cd_speed(_: &mut Unit, _: &Cmd<'_>) -> Outcome {
     Ok(Reply::Good)
 }
 
-/// MMC-6, 6.34.
+/// SEEK (10): there is no head to move.
 pub(crate) fn seek_10(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     let medium = unit.ready()?;
     match u64::from(cmd.cdb.be32(2)) < medium.blocks {

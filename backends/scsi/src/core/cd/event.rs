@@ -1,10 +1,10 @@
-//! GET EVENT STATUS NOTIFICATION: how a driver hears of media without asking for them (MMC-6, 6.6).
+//! GET EVENT STATUS NOTIFICATION: how a driver hears of media without asking for them (MMC-6).
 
 use crate::sense::Sense;
 use crate::task::{Cmd, Outcome, Reply};
 use crate::unit::Unit;
 
-/// What has happened to the medium since an initiator last asked (MMC-6, table 294).
+/// What has happened to the medium since an initiator last asked (MMC-6, media event codes).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum MediaEvent {

@@ -1,4 +1,4 @@
-//! READ TOC/PMA/ATIP (MMC-6, 6.25).
+//! READ TOC/PMA/ATIP (MMC-6).
 
 use super::{address, minute_second_frame};
 use crate::cdb::put;
@@ -14,7 +14,7 @@ const LEAD_OUT: u8 = 0xaa;
 pub(crate) fn read_toc(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     let medium = unit.ready()?;
     let in_time = cmd.cdb.bit(1, 1);
-    // Older drivers have the format in CONTROL (MMC-6, 6.25.2.2).
+    // Older drivers have the format in CONTROL (SFF-8020).
     let format = match cmd.cdb.byte(2) & 0x0f {
         0 => cmd.cdb.byte(9) >> 6,
         format => format,

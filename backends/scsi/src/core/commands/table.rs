@@ -1,4 +1,4 @@
-//! SPC-4, table 142; SBC-3, table 11; MMC-6, table 238. The ones at the top are looked for most often.
+//! The commands of SPC-4, clause 6, SBC-3, clause 5, and MMC-6, clause 6. The ones at the top are looked for most often.
 
 use super::{Command, Devices};
 use crate::reservations::{Access, input, output};
@@ -42,7 +42,7 @@ use Access::{Any, Read, Write};
 use Devices::{All, Disk, ThinDisk};
 
 pub(crate) static COMMANDS: &[Command] = &[
-    // READ and WRITE (SBC-3, 5.10 to 5.14, 5.38 to 5.42; MMC-6, 6.15 and 6.16).
+    // READ and WRITE (SBC-3, 5.11 to 5.13, 5.33 to 5.35), SYNCHRONIZE CACHE (5.26, 5.27), UNMAP (5.28).
     all(0x28, Read, &[0x28, RW, FF, FF, FF, FF, 0, FF, FF, C], blocks::transfer::read_10),
     disk(0x2a, Write, &[0x2a, RW, FF, FF, FF, FF, 0, FF, FF, C], blocks::transfer::write_10),
     disk(
@@ -82,7 +82,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     all(0x1e, Write, &[0x1e, 0, 0, 0, 0x03, C], removal::prevent_allow),
     service(All, Read, &[0xa3, 0x0c, 0x87, FF, FF, FF, FF, FF, FF, FF, 0, C], report::operation_codes),
     service(All, Read, &[0xa3, 0x0d, 0x80, 0, 0, 0, FF, FF, FF, FF, 0, C], report::task_management_functions),
-    // SBC-3, 5.3, 5.15, 5.16, 5.35, 5.43 and 5.44.
+    // READ CAPACITY (SBC-3, 5.15, 5.16), VERIFY (5.29 to 5.31), WRITE SAME (5.43, 5.44), COMPARE AND WRITE (5.2).
     all(0x25, Any, &[0x25, 0, FF, FF, FF, FF, 0, 0, 0x01, C], blocks::capacity::read_capacity_10),
     service(
         Disk,
@@ -124,7 +124,8 @@ pub(crate) static COMMANDS: &[Command] = &[
     service(Disk, Any, &[0x5f, 0x05, FF, 0, 0, FF, FF, FF, FF, C], output::preempt_and_abort),
     service(Disk, Any, &[0x5f, 0x06, 0, 0, 0, FF, FF, FF, FF, C], output::register_and_ignore),
     service(Disk, Any, &[0x5f, 0x07, 0, 0, 0, FF, FF, FF, FF, C], output::register_and_move),
-    // MMC-6, 6.5, 6.6, 6.9, 6.18, 6.20, 6.21, 6.25, 6.32 and 6.38.
+    // MMC-6: GET CONFIGURATION and GET EVENT STATUS NOTIFICATION, which pass unit attentions, READ TOC, READ DISC
+    // INFORMATION, READ DISC STRUCTURE, MECHANISM STATUS, READ CD, SET CD SPEED, SEEK.
     exempt(cd(0x46, Any, &[0x46, 0x03, FF, FF, 0, 0, 0, FF, FF, C], cd::configuration::get_configuration)),
     exempt(cd(0x4a, Any, &[0x4a, 0x01, 0, 0, FF, 0, 0, FF, FF, C], cd::event::get_event_status_notification)),
     cd(0x43, Read, &[0x43, 0x02, 0x0f, 0, 0, 0, FF, FF, FF, 0xc4], cd::toc::read_toc),

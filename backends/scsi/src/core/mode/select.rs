@@ -1,4 +1,4 @@
-//! MODE SELECT (SPC-4, 6.9 and 6.10). All of a list is looked at before any of it is done.
+//! MODE SELECT (SPC-4, 6.11 and 6.12). All of a list is looked at before any of it is done.
 
 use super::{CACHING, CONTROL, D_SENSE, Modes, SWP, Values, WCE, flag};
 use crate::attention::Attention;
@@ -38,7 +38,7 @@ fn select(unit: &mut Unit, cmd: &Cmd<'_>, len: usize, header: usize) -> Outcome 
     let mut actions = Vec::new();
     if modes != unit.modes {
         if unit.modes.write_cache && !modes.write_cache {
-            // What is in the cache is not to stay there (SBC-3, 6.4.5).
+            // What is in the cache is not to stay there (SBC-3, caching page).
             actions.push(Action::Flush);
         }
         unit.modes = modes;
@@ -69,7 +69,7 @@ fn descriptor(unit: &Unit, list: &[u8], header: usize) -> Result<usize, Sense> {
         true => (be64(descriptor, 0), u64::MAX, be32(descriptor, 12), 12),
         false => (be32(descriptor, 0).into(), u32::MAX.into(), be32(descriptor, 4) & 0xff_ffff, 5),
     };
-    // Zero leaves the number as it is, all ones are as many as possible (SBC-3, 6.4.2.2).
+    // Zero leaves the number as it is, all ones are as many as possible (SBC-3).
     if named != 0 && named != unlimited && named != blocks {
         return Err(Sense::list(header));
     }

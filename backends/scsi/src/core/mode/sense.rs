@@ -1,4 +1,4 @@
-//! MODE SENSE (SPC-4, 6.11 and 6.12).
+//! MODE SENSE (SPC-4, 6.13 and 6.14).
 
 use super::{ALL, Values};
 use crate::cdb::put;
@@ -35,7 +35,7 @@ pub(crate) fn mode_sense_10(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be16(7).into() })
 }
 
-/// WP and DPOFUA (SBC-3, 6.4.1).
+/// WP and DPOFUA (SBC-3, device-specific parameter).
 fn device_specific(unit: &Unit) -> u8 {
     match unit.is_cd() {
         true => 0,
@@ -43,7 +43,7 @@ fn device_specific(unit: &Unit) -> u8 {
     }
 }
 
-/// SBC-3, 6.4.2. CD-ROM drives have none (MMC-6, 7.2.2).
+/// SBC-3, mode parameter block descriptors. CD-ROM drives have none (MMC-6).
 fn descriptor(unit: &Unit, cmd: &Cmd<'_>, long: bool) -> Vec<u8> {
     if unit.is_cd() || cmd.cdb.bit(1, DBD) {
         return Vec::new();

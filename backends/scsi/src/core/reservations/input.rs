@@ -8,7 +8,7 @@ use crate::unit::Unit;
 /// Relative target port identifier: there is one port.
 pub(crate) const TARGET_PORT: u16 = 1;
 
-/// Bytes of a SAS TransportID (SPC-4, 7.6.4.6).
+/// Bytes of a SAS TransportID (SPC-4, 7.6.4).
 pub(super) const TRANSPORT_ID: usize = 24;
 
 /// PROTOCOL IDENTIFIER of SAS, in format 0.
@@ -43,7 +43,7 @@ pub(crate) fn read_keys(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     Ok(Reply::Data { bytes: with_header(reservations.generation, &keys), allocation: allocation(cmd) })
 }
 
-/// The key is zero for the all registrants types (SPC-4, 6.15.3.2).
+/// The key is zero for the all registrants types (SPC-4, 5.13.6.3).
 pub(crate) fn read_reservation(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     let reservations = unit.reservations();
     let mut body = Vec::new();
@@ -64,8 +64,8 @@ pub(crate) fn report_capabilities(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     const ATP_C: u8 = 1 << 2;
     const PTPL_C: u8 = 1 << 0;
     const TMV: u8 = 1 << 7;
-    /// The commands that SPC-4, table 67 leaves open are as this crate's table of commands has them.
-    const ALLOW_COMMANDS: u8 = 0;
+    /// 011b: the commands that SPC-4, table 65 leaves open are allowed.
+    const ALLOW_COMMANDS: u8 = 3 << 4;
     let mut bytes = vec![0; 8];
     put(&mut bytes, 0, 8u16.to_be_bytes());
     bytes[2] = ATP_C | PTPL_C;

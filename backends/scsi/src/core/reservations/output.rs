@@ -52,17 +52,19 @@ pub(crate) fn preempt_and_abort(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
 }
 
 fn preempt_with(unit: &mut Unit, cmd: &Cmd<'_>, abort: bool) -> Outcome {
-    let kind = scope_and_type(cmd)?;
     let list = match plain_list(cmd)? {
         Ok(list) => list,
         Err(gather) => return Ok(gather),
     };
+    let kind = scope_and_type(cmd);
     let change = unit.reservations_mut().preempt(cmd.nexus, list.key, list.service_key, kind)?;
-    let abort = match abort {
-        true => change.preempted.clone(),
-        false => Vec::new(),
-    };
-    Ok(settle(unit, change, abort, LIST))
+    let mut preempted = Vec::new();
+    if abort {
+        preempted.clone_from(&change.preempted);
+        // Nor do they hold the medium any more (SPC-4, 5.13.11.2.6).
+        preempted.iter().for_each(|nexus| unit.nexus_mut(*nexus).prevents = false);
+    }
+    Ok(settle(unit, change, preempted, LIST))
 }
 
 /// SPC-4, 6.16.4. The new holder's TransportID follows 24 bytes that are laid out in another way; scope and type are
@@ -78,9 +80,6 @@ pub(crate) fn register_and_move(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     };
     let (key, new) = (be64(list, 0), be64(list, 8));
     let (unregister, aptpl) = (list[17] & 0x02 != 0, list[17] & 0x01 != 0);
-    if new == 0 {
-        return Err(Sense::list(8).into());
-    }
     if be16(list, 18) != TARGET_PORT {
         return Err(Sense::list(18).into());
     }

@@ -1,4 +1,4 @@
-//! The tables of SPC-4, 5.12, by commands.
+//! The tables of SPC-4, 5.13, by commands.
 
 use super::*;
 use crate::tests::{BLOCKS, THEM, US, assert_good, assert_sense, cdbs, disk, medium, run_of, step_of};
@@ -80,7 +80,7 @@ const PREEMPTED: Option<(u8, u8)> = Some((0x2a, 0x05));
 const RELEASED: Option<(u8, u8)> = Some((0x2a, 0x04));
 const CLEARED: Option<(u8, u8)> = Some((0x2a, 0x03));
 
-/// SPC-4, table 67, and SBC-3, table 13: what those may do who do not hold the reservation.
+/// SPC-4, table 65, and its like in SBC-3: what those may do who do not hold the reservation.
 #[test]
 fn commands_conflict_as_the_tables_say() {
     let zeroes = vec![0; 2 * 512];
@@ -147,7 +147,7 @@ fn commands_conflict_as_the_tables_say() {
     }
 }
 
-/// SPC-4, tables 55 and 56.
+/// SPC-4, tables 67 and 68.
 #[test]
 fn registering_needs_the_key_that_is_there() {
     let mut unit = registered();
@@ -159,10 +159,10 @@ fn registering_needs_the_key_that_is_there() {
     assert_good(&out(&mut unit, US, REGISTER, 0, 1, 5));
     assert_good(&out(&mut unit, STRANGER, REGISTER, 0, 0, 0));
     assert_good(&out(&mut unit, STRANGER, REGISTER_AND_IGNORE, 0, 9, 0));
-    assert_eq!(keys(&mut unit), (5, vec![5, 2]));
+    assert_eq!(keys(&mut unit), (3, vec![5, 2]), "doing nothing is not counted");
     assert_good(&out(&mut unit, US, REGISTER_AND_IGNORE, 0, 77, 6));
     assert_good(&out(&mut unit, THEM, REGISTER, 0, 2, 0));
-    assert_eq!(keys(&mut unit), (7, vec![6]));
+    assert_eq!(keys(&mut unit), (5, vec![6]));
     for nexus in 10..10 + MAX_REGISTRANTS as u64 - 1 {
         unit.introduce(Nexus(nexus));
         assert_good(&out(&mut unit, Nexus(nexus), REGISTER, 0, 0, 8));
@@ -234,7 +234,7 @@ fn clearing_takes_all() {
     assert_eq!((told(&mut unit, US), told(&mut unit, THEM)), (CLEARED, None));
 }
 
-/// SPC-4, 5.12.11.4.
+/// SPC-4, table 72.
 #[test]
 fn preempting_the_holder_takes_over() {
     for kind in [1, 3, 5, 6] {
@@ -245,7 +245,11 @@ fn preempting_the_holder_takes_over() {
         assert_good(&out(&mut unit, THEM, PREEMPT, 3, 2, 1));
         assert_eq!((keys(&mut unit), reservation(&mut unit)), ((4, vec![2, 3]), Some((2, 3))));
         assert_eq!((told(&mut unit, US), told(&mut unit, THEM)), (PREEMPTED, None));
-        assert_eq!(told(&mut unit, STRANGER), if kind >= 5 { RELEASED } else { None });
+        assert_eq!(
+            told(&mut unit, STRANGER),
+            if kind != 3 { RELEASED } else { None },
+            "the type has changed"
+        );
     }
     // Oneself: the type changes, the registration stays.
     let mut unit = reserved(1);
@@ -261,9 +265,14 @@ fn preempting_others_takes_their_registration() {
     assert_eq!(told(&mut unit, THEM), PREEMPTED);
     assert!(is_conflict(&out(&mut unit, US, PREEMPT, 1, 1, 2)), "nobody has that key");
     assert_sense(&out(&mut unit, US, PREEMPT, 1, 1, 0), Sense::list(8));
+    // Scope and type do not matter, but where the reservation changes hands.
     let mut unit = registered();
-    assert_good(&out(&mut unit, US, PREEMPT, 1, 1, 2));
+    assert_good(&out(&mut unit, US, PREEMPT, 0xff, 1, 2));
     assert_eq!((keys(&mut unit), reservation(&mut unit)), ((3, vec![1]), None));
+    assert_sense(&out(&mut reserved(1), THEM, PREEMPT, 2, 2, 1), Sense::cdb_bit(2, 3));
+    // Oneself, who holds nothing: it goes.
+    assert_good(&out(&mut unit, US, PREEMPT, 1, 1, 1));
+    assert_eq!((keys(&mut unit), told(&mut unit, US)), ((4, vec![]), None));
 }
 
 #[test]
@@ -283,19 +292,26 @@ fn preempting_all_registrants_goes_by_key_or_takes_all() {
 #[test]
 fn preempt_and_abort_names_whose_tasks_end() {
     let mut unit = reserved(3);
+    assert_good(&run_of(&mut unit, US, &cdbs::PREVENT, &[]));
     let step = step_of(&mut unit, THEM, &cdb(PREEMPT_AND_ABORT, 3, 24), &list(2, 1, 0), 0);
     let Step::Control { actions, task } = step else { panic!("{step:?}") };
     let [Action::Abort(nexuses), Action::Save(state)] = &actions[..] else { panic!("{actions:?}") };
     assert_eq!(nexuses, &[US]);
     assert_eq!(**state, unit.state());
+    assert!(!unit.is_locked());
     assert_good(&task.complete(Ok(())));
+    // Of an all registrants type all are holders.
+    let mut unit = reserved(7);
+    let step = step_of(&mut unit, THEM, &cdb(PREEMPT_AND_ABORT, 3, 24), &list(2, 0, 0), 0);
+    let Step::Control { actions, .. } = step else { panic!("{step:?}") };
+    assert!(matches!(&actions[0], Action::Abort(nexuses) if nexuses[..] == [US, THEM]), "{actions:?}");
     // What could not be kept is not good.
     let step = step_of(&mut unit, THEM, &cdb(REGISTER, 0, 24), &list(2, 4, 1), 0);
     let Step::Control { task, .. } = step else { panic!("{step:?}") };
     assert_sense(&task.complete(Err(crate::Failure::Internal)), Sense::INTERNAL_TARGET_FAILURE);
 }
 
-/// SPC-4, 5.12.8.
+/// SPC-4, table 70.
 #[test]
 fn a_reservation_moves_to_whom_it_is_given() {
     let give = |unit: &mut Unit, from: Nexus, key: u64, new: u64, to: Nexus, unregister: bool| {
@@ -315,6 +331,8 @@ fn a_reservation_moves_to_whom_it_is_given() {
     assert_good(&give(&mut unit, STRANGER, 4, 9, THEM, true));
     assert_eq!((keys(&mut unit), reservation(&mut unit)), ((4, vec![1, 9]), Some((9, 3))));
     assert!(is_conflict(&give(&mut reserved(7), US, 1, 4, THEM, false)), "it is everybody's");
+    assert_sense(&give(&mut registered(), US, 1, 4, THEM, false), Sense::cdb_bit(1, 4));
+    assert!(is_conflict(&give(&mut registered(), STRANGER, 0, 4, THEM, false)));
     let short = run_of(&mut reserved(1), US, &cdb(7, 0, 24), &list(1, 2, 0));
     assert_sense(&short, Sense::PARAMETER_LIST_LENGTH_ERROR);
 }
@@ -339,9 +357,9 @@ fn what_is_wrong_is_pointed_at() {
 fn capabilities_and_full_status_are_told() {
     let mut unit = disk();
     let capabilities = [0x5e, 2, 0, 0, 0, 0, 0, 0, 8, 0];
-    assert_eq!(run_of(&mut unit, US, &capabilities, &[]).data_in, [0, 8, 0x05, 0x80, 0xea, 0x01, 0, 0]);
+    assert_eq!(run_of(&mut unit, US, &capabilities, &[]).data_in, [0, 8, 0x05, 0xb0, 0xea, 0x01, 0, 0]);
     assert_good(&run_of(&mut unit, US, &cdb(REGISTER, 0, 24), &list(0, 1, 1)));
-    assert_eq!(run_of(&mut unit, US, &capabilities, &[]).data_in[3], 0x81, "PTPL_A");
+    assert_eq!(run_of(&mut unit, US, &capabilities, &[]).data_in[3], 0xb1, "PTPL_A");
     assert_good(&out(&mut unit, THEM, REGISTER, 0, 0, 2));
     assert_good(&out(&mut unit, THEM, RESERVE, 5, 2, 0));
     let status = read(&mut unit, 3);
