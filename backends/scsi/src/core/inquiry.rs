@@ -18,6 +18,10 @@ const LOGICAL_BLOCK_PROVISIONING: u8 = 0xb2;
 /// Bytes of standard INQUIRY data.
 const STANDARD: usize = 96;
 
+/// PERIPHERAL DEVICE TYPE.
+const DISK: u8 = 0x00;
+const CD: u8 = 0x05;
+
 /// PERIPHERAL QUALIFIER and DEVICE TYPE of a LUN that has no unit: of LUN 0, which has to answer, and of others.
 const NOT_CONNECTED: u8 = 0x3f;
 const NOT_SUPPORTED: u8 = 0x7f;
@@ -27,7 +31,7 @@ pub(crate) fn inquiry(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     let bytes = match cmd.cdb.bit(1, 0) {
         true => vital_product_data(unit, page).ok_or_else(|| Sense::cdb(2))?,
         false if page != 0 => return Err(Sense::cdb(2).into()),
-        false => standard(unit.device_type(), unit.is_removable(), &unit.identity.product, !unit.is_cd()),
+        false => standard(unit.device_type(), unit.is_removable(), &unit.identity.product),
     };
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be16(3).into() })
 }
@@ -38,11 +42,11 @@ pub(crate) fn of_nothing(cmd: &Cmd<'_>, is_lun_0: bool) -> Outcome {
         return Err(Sense::cdb(2).into());
     }
     let device_type = if is_lun_0 { NOT_CONNECTED } else { NOT_SUPPORTED };
-    let bytes = standard(device_type, false, &[b' '; 16], false);
+    let bytes = standard(device_type, false, &[b' '; 16]);
     Ok(Reply::Data { bytes, allocation: cmd.cdb.be16(3).into() })
 }
 
-fn standard(device_type: u8, removable: bool, product: &[u8; 16], is_disk: bool) -> Vec<u8> {
+fn standard(device_type: u8, removable: bool, product: &[u8; 16]) -> Vec<u8> {
     /// VERSION: SPC-4.
     const VERSION: u8 = 0x06;
     /// RESPONSE DATA FORMAT 2; HISUP: LUNs are hierarchical.
@@ -59,19 +63,21 @@ fn standard(device_type: u8, removable: bool, product: &[u8; 16], is_disk: bool)
     put(&mut bytes, 8, VENDOR);
     put(&mut bytes, 16, *product);
     put(&mut bytes, 32, REVISION);
-    // SAM-5, SPC-4 and, for disks, SBC-3, none of a certain revision (SPC-4, 6.6.2).
-    put(&mut bytes, 58, 0x00a0u16.to_be_bytes());
-    put(&mut bytes, 60, 0x0460u16.to_be_bytes());
-    if is_disk {
-        put(&mut bytes, 62, 0x04c0u16.to_be_bytes());
+    // SAM-5, SPC-4 and SBC-3 or MMC-6, none of a certain revision (SPC-4, 6.6.2).
+    let type_version: u16 = match device_type {
+        DISK => 0x04c0,
+        CD => 0x04e0,
+        _ => 0,
+    };
+    for (at, version) in [(58, 0x00a0u16), (60, 0x0460), (62, type_version)] {
+        put(&mut bytes, at, version.to_be_bytes());
     }
     bytes
 }
 
 impl Unit {
-    /// PERIPHERAL DEVICE TYPE.
     fn device_type(&self) -> u8 {
-        if self.is_cd() { 0x05 } else { 0x00 }
+        if self.is_cd() { CD } else { DISK }
     }
 
     fn vital_pages(&self) -> Vec<u8> {

@@ -11,6 +11,38 @@
 //! pages and its reservations. A command is a [`Request`] and becomes a [`Step`]: an answer, or I/O that the caller does
 //! on the initiator's own buffers.
 //!
+//! ```
+//! use cleave_scsi::{Attribute, Disk, Identity, Io, Lun, Medium, Nexus, Request, Status, Step, Target, Unit};
+//!
+//! // A disk of 8 blocks in memory, each filled with its number.
+//! let disk: Vec<u8> = (0..8).flat_map(|block| [block; 512]).collect();
+//! let medium = Medium { blocks: 8, read_only: true };
+//! let unit = Unit::disk(Identity::new("example", "0001", None)?, Disk::new(512), Some(medium))?;
+//! let mut target = Target::new();
+//! target.add(Lun::ZERO, unit).expect("the LUN is free");
+//!
+//! let mut send = |cdb: &[u8], data_in: &mut [u8]| {
+//!     let len = data_in.len() as u64;
+//!     let request = Request { nexus: Nexus(1), cdb, attribute: Attribute::Simple, data_out: 0, data_in: len };
+//!     match target.execute(Lun::ZERO, &request) {
+//!         Step::Io { io: Io::Read { range, .. }, task } => {
+//!             let (start, len) = (range.offset as usize, range.len as usize);
+//!             data_in[..len].copy_from_slice(&disk[start..start + len]);
+//!             task.complete(Ok(()))
+//!         }
+//!         Step::Done(answer) => answer,
+//!         other => unreachable!("{other:?}"),
+//!     }
+//! };
+//! // TEST UNIT READY: a new initiator is told that power has come.
+//! assert_eq!(send(&[0; 6], &mut []).status, Status::CheckCondition);
+//! // READ (10) of one block at 5.
+//! let mut data = [0; 1024];
+//! let answer = send(&[0x28, 0, 0, 0, 0, 5, 0, 0, 1, 0], &mut data);
+//! assert_eq!((answer.status, answer.residual, data[511]), (Status::Good, 512, 5));
+//! # Ok::<(), cleave_scsi::ConfigError>(())
+//! ```
+//!
 //! No crate for CDBs is used: those on crates.io (`scsi`, `libscsi`, `usbd_scsi`) build CDBs for an initiator, or are
 //! bound to USB mass storage and its dozen commands; none is kept for targets.
 //!

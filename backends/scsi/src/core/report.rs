@@ -75,7 +75,7 @@ fn all_codes(unit: &Unit, timeouts: bool) -> Vec<u8> {
     bytes
 }
 
-/// One command: an operation code without service actions, one with them, or either.
+/// One command: an operation code without service actions, one with them, or, of SPC-5, either.
 fn one_code(unit: &Unit, cdb: &Cdb, options: u8, timeouts: bool) -> Result<Vec<u8>, Sense> {
     const NOT_SUPPORTED: u8 = 1;
     const AS_STANDARD: u8 = 3;
@@ -110,6 +110,9 @@ pub(crate) fn task_management_functions(_: &mut Unit, cmd: &Cmd<'_>) -> Outcome 
     /// Of the second byte.
     const QUERY_TASK_SET: u8 = 1 << 1;
     const I_T_NEXUS_RESET: u8 = 1 << 0;
+    if cmd.cdb.be32(6) < 4 {
+        return Err(Sense::cdb(6).into());
+    }
     let functions = [
         ABORT_TASK | ABORT_TASK_SET | CLEAR_TASK_SET | LOGICAL_UNIT_RESET | QUERY_TASK,
         QUERY_TASK_SET | I_T_NEXUS_RESET,

@@ -172,6 +172,11 @@ impl Unit {
         }
     }
 
+    /// The nexus will not come back, or as a new one. Its registration stays until somebody preempts it.
+    pub fn forget(&mut self, nexus: Nexus) {
+        self.nexuses.retain(|state| state.nexus != nexus);
+    }
+
     pub(crate) fn tell(&mut self, nexus: Nexus, attention: Attention) {
         self.nexus_mut(nexus).attentions.establish(attention);
     }
@@ -323,7 +328,13 @@ impl Unit {
         };
         self.nexuses.iter_mut().for_each(|state| state.prevents = false);
         self.stopped = false;
-        self.modes = Modes::new(matches!(&self.kind, Kind::Disk(disk) if disk.write_cache.enabled));
+        let mut write_cache = matches!(&self.kind, Kind::Disk(disk) if disk.write_cache.enabled);
+        // The standard would have the default back. But an error handler resets units under those who use them, and whoever
+        // has switched the cache off does not flush it.
+        if reset == Reset::LogicalUnit {
+            write_cache &= self.modes.write_cache;
+        }
+        self.modes = Modes::new(write_cache);
         self.tell_all(attention);
     }
 

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::tests::{THEM, US, assert_good, assert_sense, cd, cdbs, disk};
 use crate::{Answer, Status};
@@ -122,5 +124,27 @@ fn task_management_is_told_to_those_concerned() {
     assert_eq!(target.manage(US, lun(1), TaskManagement::NexusReset, &[]), Ok(()));
     for number in [1, 300] {
         assert_sense(&run(&target, lun(number), &cdbs::TEST_UNIT_READY), Sense::unit_attention(0x29, 7));
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_for_any_lun_are_answered(
+        number in prop::sample::select(vec![0u16, 1, 2, 300]),
+        opcode in prop::sample::select(vec![INQUIRY, REQUEST_SENSE, REPORT_LUNS, 0x00, 0x28, 0x43, 0xff]),
+        rest in prop::collection::vec(any::<u8>(), 0..20),
+        room in 0..100u64,
+    ) {
+        let cdb = [&[opcode][..], &rest].concat();
+        let request = Request { nexus: US, cdb: &cdb, attribute: Attribute::Simple, data_out: 0, data_in: room };
+        match target().execute(lun(number), &request) {
+            Step::Done(answer) => {
+                prop_assert_eq!(answer.sense.is_some(), answer.status == Status::CheckCondition);
+                prop_assert!(answer.data_in.len() as u64 + answer.residual <= room);
+            }
+            Step::Io { task, .. } => prop_assert_eq!(task.complete(Ok(())).status, Status::Good),
+            Step::Overrun { needed } => prop_assert!(needed > room),
+            step => prop_assert!(false, "{step:?}"),
+        }
     }
 }

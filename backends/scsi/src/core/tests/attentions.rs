@@ -71,6 +71,15 @@ fn what_happens_is_told_in_order() {
 }
 
 #[test]
+fn a_nexus_that_is_forgotten_comes_back_as_a_new_one() {
+    let mut unit = removable_disk(medium(BLOCKS));
+    assert_good(&run(&mut unit, &cdbs::PREVENT, &[]));
+    unit.forget(US);
+    assert!(!unit.is_locked());
+    assert_eq!((told(&mut unit, US), told(&mut unit, THEM)), (vec![(0x29, 0)], vec![]));
+}
+
+#[test]
 fn a_reset_takes_back_what_was_chosen() {
     let mut unit = removable_disk(medium(BLOCKS));
     assert_good(&run(&mut unit, &cdbs::PREVENT, &[]));
@@ -78,6 +87,8 @@ fn a_reset_takes_back_what_was_chosen() {
     unit.modes.write_cache = false;
     unit.modes.descriptor_sense = true;
     unit.reset(Reset::LogicalUnit);
-    assert!(!unit.is_locked() && unit.write_cache());
+    assert!(!unit.is_locked() && !unit.write_cache(), "it does not begin to cache under its user");
     assert_eq!(told(&mut unit, US), [(0x29, 3)]);
+    unit.reset(Reset::Hard);
+    assert!(unit.write_cache());
 }

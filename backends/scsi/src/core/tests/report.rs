@@ -19,6 +19,9 @@ fn inquiry_says_who_it_is() {
     assert_eq!(&bytes[8..36], b"CLEAVE  disk            0001");
     assert_eq!(data(&mut removable_disk(None), &cdbs::INQUIRY)[..2], [0x00, 0x80]);
     assert_eq!(data(&mut cd(None), &cdbs::INQUIRY)[..2], [0x05, 0x80]);
+    // SAM-5, SPC-4, and SBC-3 or MMC-6.
+    assert_eq!(bytes[58..66], [0x00, 0xa0, 0x04, 0x60, 0x04, 0xc0, 0, 0]);
+    assert_eq!(data(&mut cd(None), &cdbs::INQUIRY)[62..66], [0x04, 0xe0, 0, 0]);
     assert_eq!(data(&mut disk(), &[0x12, 0, 0, 0, 5, 0]).len(), 5);
     assert_sense(&run(&mut disk(), &[0x12, 0, 0x80, 0, 96, 0], &[]), Sense::cdb(2));
     assert_sense(&run(&mut disk(), &[0x12, 1, 0xc0, 0, 96, 0], &[]), Sense::cdb(2));
@@ -106,6 +109,7 @@ fn asking_for_one_command_has_its_rules() {
         assert_sense(&operation_codes(&mut unit, options, opcode, 0), Sense::cdb_bit(2, 2));
     }
     assert_eq!(data(&mut unit, &cdbs::twelve(0xa3, 0x0d, 0, 4)), [0xdc, 0x03, 0, 0]);
+    assert_sense(&run(&mut unit, &cdbs::twelve(0xa3, 0x0d, 0, 3), &[]), Sense::cdb(6));
     let mut extended = cdbs::twelve(0xa3, 0x0d, 0, 64);
     extended[2] = 0x80;
     assert_eq!(data(&mut unit, &extended)[..4], [0xdc, 0x03, 0, 12]);
