@@ -46,7 +46,7 @@ impl Extent {
     /// Its bytes, if they are there. Blocks that are not are so even if there are none of them (SBC-3, 5.11).
     fn range(self, medium: Medium, block_size: u32) -> Result<Range, Sense> {
         if self.lba >= medium.blocks || self.blocks > medium.blocks - self.lba {
-            return Err(Sense::LBA_OUT_OF_RANGE);
+            return Err(Sense::out_of_range(self.lba, medium.blocks));
         }
         // A medium has 2^63 bytes at most.
         let bytes = u64::from(block_size);

@@ -45,7 +45,7 @@ pub(crate) struct Command {
 }
 
 impl Command {
-    /// As it is in [`Command::access`], but for the commands for which a bit decides (SBC-3, reservations).
+    /// As it is in [`Command::access`], but for the commands for which a bit decides (SBC-4, table 13).
     pub(crate) fn access(&self, cdb: &Cdb) -> Access {
         const START_STOP_UNIT: u8 = 0x1b;
         const PREVENT_ALLOW_MEDIUM_REMOVAL: u8 = 0x1e;

@@ -77,7 +77,7 @@ impl Type {
     }
 }
 
-/// What a command does, as far as a reservation cares (SPC-4, table 65; SBC-3, reservations).
+/// What a command does, as far as a reservation cares (SPC-4, table 65; SBC-4, table 13).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
     /// Allowed whoever holds what.
@@ -129,7 +129,7 @@ impl Reservations {
         })
     }
 
-    /// Whether a command of `nexus` conflicts (SPC-4, table 65).
+    /// Whether a command of `nexus` conflicts (SPC-4, tables 65 and 66).
     pub(crate) fn conflicts(&self, nexus: Nexus, access: Access) -> bool {
         let Some(held) = self.held else { return false };
         let refused = match access {

@@ -87,6 +87,11 @@ impl Sense {
         sense(SenseKey::UnitAttention, code, qualifier)
     }
 
+    /// A medium of `blocks` has no block `lba`, or not all that follow it: the first that is not there is told (SBC-4, 4.18.1).
+    pub(crate) fn out_of_range(lba: u64, blocks: u64) -> Self {
+        Self::LBA_OUT_OF_RANGE.with_information(Some(lba.max(blocks)))
+    }
+
     const fn at(self, in_cdb: bool, byte: u16, bit: Option<u8>) -> Self {
         Self { field: Some(Field { in_cdb, byte, bit }), ..self }
     }

@@ -106,6 +106,11 @@ pub(crate) fn task(unit: &mut Unit, cdb: &[u8], out: &[u8]) -> Task {
     }
 }
 
+/// This is the first block that is not there.
+pub(crate) fn out_of_range(first: u64) -> Sense {
+    Sense::LBA_OUT_OF_RANGE.with_information(Some(first))
+}
+
 #[track_caller]
 pub(crate) fn assert_good(answer: &Answer) {
     assert_eq!((answer.status, answer.sense), (Status::Good, None));

@@ -90,7 +90,7 @@ pub(crate) fn read_cd(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     }
     let (lba, blocks) = (u64::from(cmd.cdb.be32(2)), u64::from(cmd.cdb.be24(6)));
     if lba >= medium.blocks || blocks > medium.blocks - lba {
-        return Err(Sense::LBA_OUT_OF_RANGE.into());
+        return Err(Sense::out_of_range(lba, medium.blocks).into());
     }
     match cmd.cdb.byte(9) & 0xfe {
         0 => return Ok(Reply::Good),
@@ -120,8 +120,9 @@ pub(crate) fn set_cd_speed(_: &mut Unit, _: &Cmd<'_>) -> Outcome {
 /// SEEK (10): there is no head to move.
 pub(crate) fn seek_10(unit: &mut Unit, cmd: &Cmd<'_>) -> Outcome {
     let medium = unit.ready()?;
-    match u64::from(cmd.cdb.be32(2)) < medium.blocks {
-        true => Ok(Reply::Good),
-        false => Err(Sense::LBA_OUT_OF_RANGE.into()),
+    let lba = u64::from(cmd.cdb.be32(2));
+    if lba >= medium.blocks {
+        return Err(Sense::out_of_range(lba, medium.blocks).into());
     }
+    Ok(Reply::Good)
 }

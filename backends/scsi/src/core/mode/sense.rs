@@ -74,6 +74,10 @@ fn pages(unit: &Unit, cmd: &Cmd<'_>) -> Result<Vec<u8>, Sense> {
     if subpage != 0x00 && subpage != 0xff {
         return Err(Sense::cdb(3));
     }
+    // Header and block descriptor only (SPC-4, 6.13.1).
+    if code == 0 && values == Values::Current {
+        return Ok(Vec::new());
+    }
     let wanted: Vec<u8> =
         unit.page_codes().iter().copied().filter(|page| code == ALL || code == *page).collect();
     if wanted.is_empty() {

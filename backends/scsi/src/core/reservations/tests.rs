@@ -80,7 +80,7 @@ const PREEMPTED: Option<(u8, u8)> = Some((0x2a, 0x05));
 const RELEASED: Option<(u8, u8)> = Some((0x2a, 0x04));
 const CLEARED: Option<(u8, u8)> = Some((0x2a, 0x03));
 
-/// SPC-4, table 65, and its like in SBC-3: what those may do who do not hold the reservation.
+/// SPC-4, table 65, and SBC-4, table 13: what those may do who do not hold the reservation.
 #[test]
 fn commands_conflict_as_the_tables_say() {
     let zeroes = vec![0; 2 * 512];

@@ -37,8 +37,8 @@ fn addresses_past_32_bits_are_reached() {
         io(&mut unit, &cdbs::sixteen(0x88, 0, at, 2), &[]),
         Io::Read { range: range(at, 2), fua: false }
     );
-    assert_sense(&run(&mut unit, &cdbs::sixteen(0x88, 0, at, 3), &[]), Sense::LBA_OUT_OF_RANGE);
-    assert_sense(&run(&mut unit, &cdbs::sixteen(0x88, 0, u64::MAX, 2), &[]), Sense::LBA_OUT_OF_RANGE);
+    assert_sense(&run(&mut unit, &cdbs::sixteen(0x88, 0, at, 3), &[]), out_of_range(blocks));
+    assert_sense(&run(&mut unit, &cdbs::sixteen(0x88, 0, u64::MAX, 2), &[]), out_of_range(u64::MAX));
     assert_eq!(data(&mut unit, &cdbs::ten(0x25, 0, 0, 0)), [255, 255, 255, 255, 0, 0, 2, 0]);
     let mut read_capacity = cdbs::sixteen(0x9e, 0x10, 0, 32);
     let capacity = data(&mut unit, &read_capacity);
@@ -79,7 +79,7 @@ fn residuals_are_what_was_not_used() {
     assert_eq!(needed, 2 * BLOCK);
     // No blocks, no data: but the address has to be there.
     assert_good(&run(&mut unit, &cdbs::ten(0x28, 0, 999, 0), &[]));
-    assert_sense(&run(&mut unit, &cdbs::ten(0x28, 0, 1000, 0), &[]), Sense::LBA_OUT_OF_RANGE);
+    assert_sense(&run(&mut unit, &cdbs::ten(0x28, 0, 1000, 0), &[]), out_of_range(1000));
 }
 
 fn task_of_write(unit: &mut Unit, blocks: u16) -> Task {
@@ -91,8 +91,8 @@ fn caches_are_synchronized_whole() {
     for cdb in [&cdbs::ten(0x35, 0, 0, 0)[..], &cdbs::ten(0x35, 2, 990, 10), &cdbs::sixteen(0x91, 0, 5, 0)] {
         assert_eq!(io(&mut disk(), cdb, &[]), Io::Flush);
     }
-    assert_sense(&run(&mut disk(), &cdbs::ten(0x35, 0, 990, 11), &[]), Sense::LBA_OUT_OF_RANGE);
-    assert_sense(&run(&mut disk(), &cdbs::sixteen(0x91, 0, 1000, 0), &[]), Sense::LBA_OUT_OF_RANGE);
+    assert_sense(&run(&mut disk(), &cdbs::ten(0x35, 0, 990, 11), &[]), out_of_range(1000));
+    assert_sense(&run(&mut disk(), &cdbs::sixteen(0x91, 0, 1000, 0), &[]), out_of_range(1000));
     assert_eq!(io(&mut read_only_disk(), &cdbs::ten(0x35, 0, 0, 0), &[]), Io::Flush);
 }
 

@@ -73,6 +73,8 @@ fn all_pages_are_the_pages() {
     assert_eq!(changeable[12 + 12 + 2], 0x04);
     assert_sense(&run(&mut unit, &sense_6(0xff), &[]), Sense::SAVING_NOT_SUPPORTED);
     assert_sense(&run(&mut unit, &sense_6(0x2a), &[]), Sense::cdb_bit(2, 5));
+    assert_sense(&run(&mut unit, &sense_6(0x40), &[]), Sense::cdb_bit(2, 5));
+    assert_eq!(data(&mut unit, &sense_6(0x00))[..4], [11, 0, 0x10, 8]);
     assert_sense(&run(&mut unit, &[0x1a, 0, 0x08, 1, 255, 0], &[]), Sense::cdb(3));
 }
 

@@ -50,8 +50,8 @@ fn unmap_refuses_what_is_too_much_or_not_there() {
         let (cdb, list) = unmap(extents);
         assert_sense(&run(&mut disk(), &cdb, &list), sense);
     };
-    refused(&[(0, 1), (999, 2)], Sense::LBA_OUT_OF_RANGE);
-    refused(&[(u64::MAX, 1)], Sense::LBA_OUT_OF_RANGE);
+    refused(&[(0, 1), (999, 2)], out_of_range(1000));
+    refused(&[(u64::MAX, 1)], out_of_range(u64::MAX));
     refused(&[(0, 0); 257], Sense::list(2));
     assert_sense(&run(&mut disk(), &cdbs::ten(0x42, 0, 0, 7), &[0; 7]), Sense::PARAMETER_LIST_LENGTH_ERROR);
     let fixed = Disk { unmap: None, ..thin() };
@@ -86,8 +86,8 @@ fn write_same_knows_zeroes() {
 fn write_same_goes_to_the_end_and_no_further_than_its_limit() {
     let rest = Io::WriteZeroes { range: range(990, 10), unmap: false, durable: false };
     assert_eq!(io(&mut disk(), &cdbs::sixteen(0x93, 1, 990, 0), &[]), rest);
-    assert_sense(&run(&mut disk(), &cdbs::sixteen(0x93, 1, 990, 11), &[]), Sense::LBA_OUT_OF_RANGE);
-    assert_sense(&run(&mut disk(), &cdbs::sixteen(0x93, 1, 1000, 0), &[]), Sense::LBA_OUT_OF_RANGE);
+    assert_sense(&run(&mut disk(), &cdbs::sixteen(0x93, 1, 990, 11), &[]), out_of_range(1000));
+    assert_sense(&run(&mut disk(), &cdbs::sixteen(0x93, 1, 1000, 0), &[]), out_of_range(1000));
     let mut large = known(Unit::disk(identity(), thin(), medium(1 << 32)).expect("a good disk"));
     let limits = data(&mut large, &[0x12, 1, 0xb0, 0, 64, 0]);
     let most = be64(&limits, 36);
