@@ -54,6 +54,11 @@ fn unmap_refuses_what_is_too_much_or_not_there() {
     refused(&[(u64::MAX, 1)], out_of_range(u64::MAX));
     refused(&[(0, 0); 257], Sense::list(2));
     assert_sense(&run(&mut disk(), &cdbs::ten(0x42, 0, 0, 7), &[0; 7]), Sense::PARAMETER_LIST_LENGTH_ERROR);
+    let mut large = known(Unit::disk(identity(), thin(), medium(1 << 40)).expect("a good disk"));
+    let (cdb, list) = unmap(&[(0, u32::MAX)]);
+    assert!(matches!(io(&mut large, &cdb, &list), Io::Unmap { .. }));
+    let (cdb, list) = unmap(&[(0, u32::MAX), (0, 1)]);
+    assert_sense(&run(&mut large, &cdb, &list), Sense::list(8 + 16 + 8));
     let fixed = Disk { unmap: None, ..thin() };
     let mut unit = known(Unit::disk(identity(), fixed, medium(BLOCKS)).expect("a good disk"));
     let (cdb, list) = unmap(&[(0, 8)]);
