@@ -14,10 +14,24 @@ use crate::cache::{self, Cache};
 use crate::debian::Apt;
 use crate::error::{Context, Result};
 
-const PACKAGES: [&str; 8] =
-    ["qemu-system-x86", "qemu-utils", "fio", "busybox-static", "kmod", "lz4", "xz-utils", "zstd"];
+const PACKAGES: [&str; 14] = [
+    "qemu-system-x86",
+    "qemu-utils",
+    "fio",
+    "busybox-static",
+    "kmod",
+    "lz4",
+    "xz-utils",
+    "zstd",
+    "iperf3",
+    "tcpdump",
+    "dnsmasq-base",
+    "openssh-client",
+    "socat",
+    "xorriso",
+];
 /// What gets a starter under `bin/`, and the path of the program in its package.
-const PROGRAMS: [(&str, &str); 10] = [
+const PROGRAMS: [(&str, &str); 16] = [
     ("qemu-system-x86_64", "usr/bin/qemu-system-x86_64"),
     ("qemu-storage-daemon", "usr/bin/qemu-storage-daemon"),
     ("qemu-img", "usr/bin/qemu-img"),
@@ -28,6 +42,12 @@ const PROGRAMS: [(&str, &str); 10] = [
     ("lz4", "usr/bin/lz4"),
     ("xz", "usr/bin/xz"),
     ("zstd", "usr/bin/zstd"),
+    ("iperf3", "usr/bin/iperf3"),
+    ("tcpdump", "usr/bin/tcpdump"),
+    ("dnsmasq", "usr/sbin/dnsmasq"),
+    ("ssh", "usr/bin/ssh"),
+    ("socat", "usr/bin/socat"),
+    ("xorriso", "usr/bin/xorriso"),
 ];
 const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
@@ -42,7 +62,7 @@ impl Tools {
         let key = cache::key(&[&PACKAGES.join(" "), STARTER, "2"]);
         let place = cache.entry("tools", &key, |place| {
             let apt = Apt::open(cache)?;
-            eprintln!("lab: fetching QEMU, fio, busybox and others with their libraries (40 MB)");
+            eprintln!("lab: fetching QEMU, fio, busybox, iperf3 and others with their libraries (40 MB)");
             apt.unpack_with_dependencies(&PACKAGES, &place.join("root"))?;
             fs::create_dir(place.join("bin")).context(|| "create bin")?;
             PROGRAMS.iter().try_for_each(|(name, program)| write_starter(place, name, program))

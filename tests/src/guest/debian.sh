@@ -6,7 +6,9 @@ directory=$1 sources=$2 check=$3 unit=$4
 root=$directory/root
 
 mmdebstrap --quiet --variant=minbase \
-    --include=systemd-sysv,udev,dbus,login,kmod,procps,iproute2,iputils-ping,ethtool,pciutils,e2fsprogs,fio,linux-image-cloud-amd64 \
+    --include=systemd-sysv,udev,dbus,login,kmod,procps,pciutils,e2fsprogs,fio,linux-image-cloud-amd64 \
+    --include=iproute2,iputils-ping,ethtool,isc-dhcp-client,openssh-server,curl,iperf3 \
+    --include=qemu-guest-agent,sg3-utils,lsscsi,sdparm,eject,memtester \
     --aptopt='Acquire::Languages "none"' \
     --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -22,12 +24,17 @@ rm -f "$root"/etc/systemd/system/timers.target.wants/apt-daily*.timer "$root"/et
 install -m 755 "$check" "$root/usr/local/sbin/cleave-check"
 install -m 644 "$unit" "$root/etc/systemd/system/cleave-check.service"
 mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
-# The address that the kernel command line has for the network device: cleave.net=ADDRESS/BITS[,GATEWAY]
+# Anybody may log in at the console, nobody over the network: whoever wants that starts ssh, with a key.
+chroot "$root" systemctl --quiet disable ssh.service
+# The address that the kernel command line has for the network device: cleave.net=ADDRESS/BITS[,GATEWAY], or dhcp
 cat >"$root/usr/local/sbin/cleave-network" <<'END'
 #!/bin/sh
 value=$(tr ' ' '\n' </proc/cmdline | sed -n 's/^cleave\.net=//p')
 address=${value%%,*} gateway=${value#*,}
 for device in /sys/bus/virtio/drivers/virtio_net/virtio*/net/*; do
+    if [ "$value" = dhcp ]; then
+        exec dhclient -1 "${device##*/}"
+    fi
     ip link set "${device##*/}" up && ip address add "$address" dev "${device##*/}"
     [ "$gateway" = "$value" ] || ip route add default via "$gateway"
     break
