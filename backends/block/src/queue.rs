@@ -12,6 +12,7 @@
 //! in flight at most once; guest memory stays mapped while anything is in flight or parked, for the vring holds it until
 //! drained; what waits for room on a full disk does not hold up a stop.
 
+mod look;
 mod requests;
 mod waiting;
 mod way;
@@ -20,11 +21,12 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Complaints, Inbox, Polling, RingError, Stop, Vring};
+use cleave_runtime::{Chain, Command, Complaints, Inbox, RingError, Stop, Vring};
 use cleave_storage::{Engine, Event, WatchId};
 use tracing::{error, warn};
 
 use crate::disk::{Disk, OnFull};
+use look::Looks;
 use requests::Pending;
 use waiting::Waiting;
 use way::Way;
@@ -42,12 +44,11 @@ struct Signals {
 pub(crate) fn serve(index: u16, mut engine: Engine, inbox: &Inbox, disk: &Disk) {
     let wake = engine.watch(inbox.wake_fd());
     let nudge = engine.watch(disk.nudge_fd(index));
-    let mut polling = Polling::new(disk.poll.max(GLANCE));
+    let mut looks = Looks::new(disk.poll.max(GLANCE));
     while let Some(command) = inbox.next() {
         if let Command::Start(vring) = command {
             engine.park_when_full(disk.on_full == OnFull::Pause);
-            let vring =
-                Queue::new(vring, &mut engine, &mut polling, disk).run(inbox, Signals { wake, nudge });
+            let vring = Queue::new(vring, &mut engine, &mut looks, disk).run(inbox, Signals { wake, nudge });
             inbox.give_back(vring);
         }
     }
@@ -65,7 +66,7 @@ const GLANCE: Duration = Duration::from_micros(3);
 struct Queue<'e> {
     vring: Vring,
     engine: &'e mut Engine,
-    polling: &'e mut Polling,
+    looks: &'e mut Looks,
     disk: &'e Disk,
     kick: WatchId,
     /// By head.
@@ -89,7 +90,7 @@ struct Queue<'e> {
 }
 
 impl<'e> Queue<'e> {
-    fn new(vring: Vring, engine: &'e mut Engine, polling: &'e mut Polling, disk: &'e Disk) -> Self {
+    fn new(vring: Vring, engine: &'e mut Engine, looks: &'e mut Looks, disk: &'e Disk) -> Self {
         let kick = engine.watch(vring.kick_fd());
         let pending = vec![Pending::default(); usize::from(vring.size())];
         let waiting = Waiting::new(vring.index().0);
@@ -97,7 +98,7 @@ impl<'e> Queue<'e> {
         Self {
             vring,
             engine,
-            polling,
+            looks,
             disk,
             kick,
             pending,
@@ -130,6 +131,8 @@ impl<'e> Queue<'e> {
             if let Err(error) = waited {
                 give_up(&error);
             }
+            // Before the answers: a guest that takes one up has its next request seen without a kick.
+            self.spare_kicks();
             let nudged = self.take_events(inbox, signals);
             if nudged || self.waiting.deadline().is_some() {
                 self.waiting.submit_due(Instant::now(), nudged, self.disk, self.engine);
@@ -137,8 +140,24 @@ impl<'e> Queue<'e> {
             let signalled = self.vring.signal_used();
             self.check(signalled);
         }
-        self.engine.unwatch(self.kick);
+        self.leave_ring();
         self.vring
+    }
+
+    /// Whoever serves the ring next finds it as a thread that sleeps has it.
+    fn leave_ring(&mut self) {
+        self.engine.unwatch(self.kick);
+        if self.vring.is_started() && !self.broken && !self.kicks_wanted {
+            let enabled = self.vring.enable_kicks();
+            self.check(enabled);
+        }
+    }
+
+    fn spare_kicks(&mut self) {
+        if self.fetches() && std::mem::take(&mut self.kicks_wanted) {
+            let spared = self.vring.disable_kicks();
+            self.check(spared);
+        }
     }
 
     /// `true`: what waits may go on.
@@ -146,7 +165,10 @@ impl<'e> Queue<'e> {
         let mut nudged = false;
         while let Some(event) = self.engine.next_event() {
             match event {
-                Event::Done { tag, result } => self.complete(tag, result),
+                Event::Done { tag, result } => {
+                    self.looks.answered();
+                    self.complete(tag, result);
+                }
                 Event::Full { tag, error } => self.found_full(tag, error),
                 Event::Readable(id) if id == self.kick => self.vring.start(),
                 Event::Readable(id) if id == signals.wake => {
@@ -180,19 +202,18 @@ impl<'e> Queue<'e> {
         if !self.fetches() {
             return false;
         }
+        self.spare_kicks();
         let fetched = self.fetch_some();
         self.check(fetched).unwrap_or(false)
     }
 
     /// Bounded, so that a guest that never stops does not keep the thread from its commands.
     fn fetch_some(&mut self) -> Result<bool, RingError> {
-        if std::mem::take(&mut self.kicks_wanted) {
-            self.vring.disable_kicks()?;
-        }
         for _ in 0..self.batch {
             match self.vring.next_head()? {
                 Some(head) => {
                     self.way.fetched();
+                    self.looks.fetched();
                     self.begin(head)?;
                 }
                 None => break,
@@ -207,14 +228,14 @@ impl<'e> Queue<'e> {
 
     /// Hands over what has been fetched and waits for anything to happen: first with open eyes, if that has paid lately.
     fn rest(&mut self) -> io::Result<()> {
-        if let Some(limit) = self.polling.next_look() {
+        if let Some(limit) = self.looks.next_look() {
             self.engine.poll()?;
             // What the kernel did at once says nothing about waiting.
             if self.engine.has_events() {
                 return Ok(());
             }
             let found = self.look(Instant::now() + limit)?;
-            self.polling.looked(found);
+            self.looks.looked(found);
             if found {
                 return Ok(());
             }

@@ -235,8 +235,10 @@ impl SplitRing {
     }
 
     pub(crate) fn disable_kicks(&mut self) {
-        // With event indices, one that is not moved on asks for no kick.
-        if !self.event_idx {
+        if self.event_idx {
+            // One that has been passed. Left where it was, it would ask for a kick by the next chain.
+            self.used.store(self.event(USED_LEN), (self.next_avail - Wrapping(1)).0);
+        } else {
             self.used.store(FLAGS, USED_NO_NOTIFY);
         }
     }
