@@ -139,8 +139,12 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN))
 }
 
-/// Completions are delivered to this thread only, when it asks: no interrupts of its work. Kernels before 6.1 do not
-/// know some of it. `true`: they are announced.
+/// Completions are delivered when this thread enters the kernel: no interrupts of its work. Kernels before 6.0 do not know
+/// some of it. `true`: they are announced.
+///
+/// They could wait until it asks for them by name (IORING_SETUP_DEFER_TASKRUN), which saves it a hundredth of its time. But
+/// of a process that was killed the kernel looks for those every 50 ms only, and each holds the open file, with the lock
+/// that a successor waits for, until then.
 fn build(depth: u32) -> io::Result<(IoUring, bool)> {
     let entries = depth.clamp(16, MAX_SQ);
     // Every request, and the watches, may complete at once.
@@ -150,7 +154,6 @@ fn build(depth: u32) -> io::Result<(IoUring, bool)> {
         .setup_single_issuer()
         .setup_coop_taskrun()
         .setup_taskrun_flag()
-        .setup_defer_taskrun()
         .dontfork()
         .build(entries);
     match best {
