@@ -1,7 +1,9 @@
 //! Exit codes: one numbering for the VMM and every daemon, so that a service manager can act on them.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt;
+use std::io;
 
 /// How a Cleave process ends. The numbers are part of the command-line interface; see `README.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,8 +71,30 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&one_line(&*self.source))
+        write!(f, "{}{}", printable(&one_line(&*self.source)), advice(&*self.source))
     }
+}
+
+/// `text` on one line: what a file is called may hold line breaks, and what moves a terminal's cursor.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect::<String>().into()
+}
+
+/// What to do about a shortage that the system's words do not explain.
+fn advice(error: &(dyn Error + 'static)) -> &'static str {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            Some(libc::EMFILE) => return ": raise 'ulimit -n' (LimitNOFILE= under systemd)",
+            Some(libc::ENFILE) => return ": the host has too many files open, raise 'sysctl fs.file-max'",
+            _ => cause = error.source(),
+        }
+    }
+    ""
 }
 
 /// One line for a person: the error, then its causes after colons. A cause that its parent already quotes is not
@@ -109,6 +133,18 @@ mod tests {
         let failure = Failure::usage(Outer(std::io::Error::other("no such file")));
         assert_eq!(failure.to_string(), "cannot open disk.raw: no such file");
         assert_eq!(failure.code as u8, 2);
+    }
+
+    #[test]
+    fn a_shortage_of_descriptors_says_what_to_raise() {
+        let said = Failure::host(std::io::Error::from_raw_os_error(libc::EMFILE)).to_string();
+        assert!(said.ends_with("raise 'ulimit -n' (LimitNOFILE= under systemd)"), "{said}");
+    }
+
+    #[test]
+    fn a_name_with_a_line_break_stays_on_its_line() {
+        let said = Failure::usage("cannot open a\nb\u{1b}[2J, caf\u{e9}").to_string();
+        assert_eq!(said, "cannot open a\\nb\\u{1b}[2J, caf\u{e9}");
     }
 
     #[test]

@@ -69,6 +69,18 @@ fn capabilities_are_json() {
 }
 
 #[test]
+fn what_it_cannot_write_or_open_is_one_line_that_says_what_to_do() {
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let status = block().arg("--print-capabilities").stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+    let output = status.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(said(&output).contains("cannot write to standard output: No space left"), "{}", said(&output));
+
+    let odd = "/nowhere/a\nb";
+    fails(block().args(["--socket-path", "/tmp/never", "--blk-file", odd]), 2, &["/nowhere/a\\nb: No such"]);
+}
+
+#[test]
 fn a_wrong_command_line_is_a_usage_error() {
     let image = disk(MIB);
     let path = image.path().to_str().unwrap();

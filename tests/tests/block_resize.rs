@@ -52,6 +52,9 @@ fn a_size_that_no_disk_has_changes_nothing() {
         assert_eq!(driver.config().unwrap().sectors, MIB / 512);
         // It is cut off all the same.
         assert_eq!(driver.read(64, 4096).unwrap().0, IoStatus::IoErr);
+        daemon
+            .wait_for_log(&format!("disk {} failed a read at sector 64: ", image.path().display()))
+            .unwrap();
     }
     image.as_file().set_len(2 * MIB).unwrap();
     reload(&daemon, &mut driver, 2 * MIB);

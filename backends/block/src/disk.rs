@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use cleave_common::exit::printable;
 use cleave_storage::Image;
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::warn;
@@ -45,6 +46,8 @@ pub(crate) struct Disk {
     /// A write completes only when it is on the disk: the guest has switched the write cache off, or cannot flush it.
     pub(crate) durable: AtomicBool,
     pub(crate) serial: String,
+    /// For messages.
+    pub(crate) name: String,
     pub(crate) on_full: OnFull,
     /// How long a queue's thread may look for work before it sleeps.
     pub(crate) poll: Duration,
@@ -96,6 +99,7 @@ impl Disk {
             read_only: image.is_read_only(),
             durable: AtomicBool::new(true),
             serial,
+            name: printable(&image.path().display().to_string()).into_owned(),
             on_full,
             poll,
             waiting_for_room: AtomicUsize::new(0),

@@ -8,7 +8,6 @@ mod request;
 mod sandbox;
 mod throttle;
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use cleave_common::cpus::CpuList;
 use cleave_common::exit::Failure;
 use cleave_common::options;
 use cleave_common::throttle::ThrottleConfig;
-use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json};
+use cleave_runtime::{CommonArgs, Sandbox, Signals, print_capabilities};
 use cleave_storage::{CacheMode, Image, ImageFormat, ImageOptions};
 
 use device::{Block, BlockError, BlockOptions};
@@ -159,8 +158,7 @@ fn main() -> std::process::ExitCode {
 
 fn run(args: Args) -> Result<(), Failure> {
     let (Some(path), false) = (args.blk_file, args.common.print_capabilities) else {
-        let json = capabilities_json("block", &["read-only", "blk-file"]);
-        return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
+        return print_capabilities("block", &["read-only", "blk-file"]);
     };
     let (mode, max_queue_size) = (args.common.sandbox, args.common.queue_size);
     let socket = args.common.claim_socket()?;

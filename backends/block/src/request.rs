@@ -5,6 +5,8 @@
 
 pub(crate) mod segments;
 
+use std::fmt;
+
 use cleave_runtime::{Chain, GuestMemory, Segment};
 use vm_memory::{Address, GuestAddress};
 
@@ -49,6 +51,19 @@ pub(crate) enum Work {
     /// Of the ranges that the data names: [`segments::read`].
     Discard,
     WriteZeroes,
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Read { offset } => write!(f, "a read at sector {}", offset / SECTOR),
+            Self::Write { offset } => write!(f, "a write at sector {}", offset / SECTOR),
+            Self::Flush => f.write_str("a flush"),
+            Self::GetId => f.write_str("to be named"),
+            Self::Discard => f.write_str("a discard"),
+            Self::WriteZeroes => f.write_str("a write of zeroes"),
+        }
+    }
 }
 
 /// A chain that has room for a status.

@@ -1,9 +1,11 @@
 //! The command line that every device daemon has (vhost-user, "Backend program conventions").
 
+use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use clap::Args;
+use cleave_common::exit::Failure;
 
 use crate::sandbox::SandboxMode;
 use crate::socket::{Endpoint, Listener, SocketError, close_inherited, take_inherited};
@@ -90,6 +92,16 @@ impl SocketClaim {
             Claim::Inherited(endpoint) => Ok(endpoint),
         }
     }
+}
+
+/// Answers `--print-capabilities`.
+///
+/// # Errors
+/// It cannot be written.
+pub fn print_capabilities(device_type: &str, features: &[&str]) -> Result<(), Failure> {
+    let json = capabilities_json(device_type, features);
+    let written = writeln!(io::stdout(), "{json}");
+    written.map_err(|error| Failure::host(format!("cannot write to standard output: {error}")))
 }
 
 /// The answer to `--print-capabilities`: the device type's name in vhost-user.json, and the optional features it lists.

@@ -21,7 +21,7 @@ mod signals;
 mod socket;
 mod vring;
 
-pub use args::{CommonArgs, SocketClaim, capabilities_json};
+pub use args::{CommonArgs, SocketClaim, capabilities_json, print_capabilities};
 pub use complaints::Complaints;
 pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};

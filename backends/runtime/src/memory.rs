@@ -161,6 +161,15 @@ impl GuestMemory {
         }
     }
 
+    /// # Errors
+    /// As [`GuestMemory::read_obj`]; some of the bytes may have been written.
+    pub fn write(&self, bytes: &[u8], addr: GuestAddress) -> Result<(), GuestMemoryError> {
+        match self.slice(addr, bytes.len()) {
+            Some(slice) => Ok(slice.write_slice(bytes, 0)?),
+            None => self.map.write_slice(bytes, addr),
+        }
+    }
+
     /// Memory by guest-physical address.
     pub fn map(&self) -> &GuestMemoryMmap<()> {
         &self.map

@@ -134,12 +134,7 @@ impl Image {
         let (files, mapped) = match options.format {
             ImageFormat::Raw => {
                 let file = HostImage::open(&path, read_only, cache)?;
-                if starts_like_qcow2(&path) {
-                    warn!(
-                        "disk {} begins like a qcow2 image and is served as raw: --format qcow2 serves what is in it",
-                        path.display()
-                    );
-                }
+                warn_of_formats(&path);
                 (vec![file], None)
             }
             ImageFormat::Qcow2 => {
@@ -298,9 +293,21 @@ fn serve_memory_at_once(file: &File) -> io::Result<()> {
 
 /// A raw disk's first bytes are its guest's, so that this is worth a word and no more. Through another descriptor, which
 /// needs no aligned buffer.
-fn starts_like_qcow2(path: &Path) -> bool {
+fn warn_of_formats(path: &Path) {
     let mut magic = [0; 4];
-    File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"QFI\xfb"
+    if File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_err() {
+        return;
+    }
+    let disk = path.display();
+    if magic == qcow2::MAGIC {
+        warn!(
+            "disk {disk} begins like a qcow2 image and is served as raw: --format qcow2 serves what is in it"
+        );
+    } else if let Some(name) = qcow2::name_of(magic) {
+        warn!(
+            "disk {disk} begins like {name} and is served as raw: 'qemu-img convert -O raw' makes a disk of what is in it"
+        );
+    }
 }
 
 impl Drop for HostImage {

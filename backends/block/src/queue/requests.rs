@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use cleave_runtime::{GuestMemory, RingError, Segment};
 use cleave_storage::{Range, RangeOp, Transfer};
-use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+use vm_memory::{GuestAddress, VolatileSlice};
 
 use super::Queue;
 use crate::disk::Waited;
@@ -17,6 +17,7 @@ use crate::throttle::Direction;
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Pending {
     status: GuestAddress,
+    work: Option<Work>,
     /// Bytes written for the guest if all goes well, without the status.
     written: u32,
     /// It has found the disk full.
@@ -53,7 +54,7 @@ impl Queue<'_> {
     /// Hands the work to the disk, or does it at once: then its status is the answer.
     fn start(&mut self, head: u16, request: &Request, work: Work) -> Option<Status> {
         let durable = self.disk.durable.load(Ordering::Relaxed);
-        let mut pending = Pending { status: request.status, ..Pending::default() };
+        let mut pending = Pending { status: request.status, work: Some(work), ..Pending::default() };
         let started = match work {
             Work::Read { offset } => {
                 pending.written = request.data_len;
@@ -118,7 +119,7 @@ impl Queue<'_> {
         let mut rest = &id[..];
         for segment in Request::data(&self.chain, Work::GetId) {
             let (now, later) = rest.split_at(rest.len().min(segment.len as usize));
-            if self.vring.memory().map().write_slice(now, segment.addr).is_err() {
+            if self.vring.memory().write(now, segment.addr).is_err() {
                 return Status::IoErr;
             }
             rest = later;
@@ -144,7 +145,12 @@ impl Queue<'_> {
                     io::ErrorKind::UnexpectedEof => " (its file has become shorter)",
                     _ => "",
                 };
-                self.complain(&format_args!("the disk failed: {error}{advice}"));
+                let what: &dyn std::fmt::Display = match &pending.work {
+                    Some(work) => work,
+                    None => &"a request",
+                };
+                let disk = self.disk.name.as_str();
+                self.complain(&format_args!("disk {disk} failed {what}: {error}{advice}"));
                 Status::IoErr
             }
         };

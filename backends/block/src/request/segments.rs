@@ -2,7 +2,6 @@
 
 use cleave_runtime::{Chain, GuestMemory};
 use cleave_storage::{Range, RangeOp};
-use vm_memory::Bytes;
 
 use super::{Limits, Request, SECTOR, Status, Work};
 
@@ -35,7 +34,7 @@ pub(crate) fn read(
     let mut rest = &mut bytes[..];
     for segment in Request::data(chain, work) {
         let (now, later) = rest.split_at_mut(rest.len().min(segment.len as usize));
-        memory.map().read_slice(now, segment.addr).map_err(|_| Status::IoErr)?;
+        memory.read(now, segment.addr).map_err(|_| Status::IoErr)?;
         rest = later;
     }
     parse(&bytes, work == Work::WriteZeroes, limits, durable)

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-const MAGIC: [u8; 4] = *b"QFI\xfb";
+pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Bytes of the header of version 2, and the least of version 3.
 const V2_LEN: usize = 72;
@@ -37,11 +37,26 @@ mod extension {
     pub(super) const FEATURE_NAME_LEN: usize = 48;
 }
 
+/// What a file is that begins like this, among the formats for disks that this is not.
+pub(crate) fn name_of(magic: [u8; 4]) -> Option<&'static str> {
+    match &magic {
+        b"KDMV" | b"COWD" | b"# Di" => Some("a VMDK image"),
+        b"vhdx" => Some("a VHDX image"),
+        b"cone" => Some("a VHD image"),
+        b"<<< " => Some("a VDI image"),
+        b"QED\0" => Some("a QED image"),
+        b"LUKS" => Some("a LUKS volume"),
+        _ => None,
+    }
+}
+
 /// Why a header is refused. Each ends a line that begins with the image's name.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     #[error("is no qcow2 image: it begins with {0:02x?} instead of 'QFI'; is it raw? then use format raw")]
     Magic([u8; 4]),
+    #[error("is {0}, and no qcow2 image: convert it with 'qemu-img convert -O qcow2'")]
+    Other(&'static str),
     #[error("is an empty file, and no qcow2 image: make one with 'qemu-img create -f qcow2'")]
     Empty,
     #[error(
@@ -118,7 +133,7 @@ impl Header {
         }
         let magic = [0, 1, 2, 3].map(|at| bytes.get(at).copied().unwrap_or(0));
         if magic != MAGIC {
-            return Err(HeaderError::Magic(magic));
+            return Err(name_of(magic).map_or(HeaderError::Magic(magic), HeaderError::Other));
         }
         let version = fields.u32(4)?;
         let len = match version {

@@ -40,6 +40,7 @@ use imago::FormatAccess;
 
 use crate::image::{CacheMode, HostImage, ImageError};
 pub use header::HeaderError;
+pub(crate) use header::{MAGIC, name_of};
 use host_file::HostFile;
 use pending::Pending;
 pub(crate) use port::{Place, Port};

@@ -61,6 +61,7 @@ fn features_are_refused_by_name() {
     assert_eq!(with(32, &2u32.to_be_bytes()), Err(HeaderError::Encrypted));
     assert_eq!(with(4, &1u32.to_be_bytes()), Err(HeaderError::Version(1)));
     assert_eq!(parse(b"MZ"), Err(HeaderError::Magic([b'M', b'Z', 0, 0])));
+    assert_eq!(parse(b"KDMV\x01"), Err(HeaderError::Other("a VMDK image")));
     assert_eq!(parse(b""), Err(HeaderError::Empty));
     assert_eq!(parse(&image()[..60]), Err(HeaderError::Short(60)));
 }
