@@ -145,7 +145,11 @@ fn nothing_is_written_that_is_not_ours() {
 
 #[test]
 fn errors_say_what_is_wrong() {
-    refused(&["--file", "/nowhere/disk.raw"], 1, "/nowhere/disk.raw: No such file");
+    refused(&["--file", "/nowhere/disk.raw"], 2, "/nowhere/disk.raw: No such file");
+    refused(&["--file", "/dev/null"], 2, "/dev/null: neither a regular file nor a block device");
+    refused(&["--file", "/tmp"], 2, "/tmp: a directory; --scratch");
+    refused(&["kill", "--kills", "0"], 2, "--kills");
+    refused(&["--size", "1000"], 2, "a multiple of 4k from 1M on");
     refused(&["--bs", "100"], 2, "a multiple of 512");
     let place = scratch();
     let misspelt = place.path().join("misspelt");
@@ -157,6 +161,21 @@ fn errors_say_what_is_wrong() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1));
     assert!(text.contains("does a vhost-user daemon listen there?"), "{text}");
+}
+
+#[test]
+fn an_option_that_would_make_no_difference_is_refused() {
+    for (words, saying) in [
+        (&["--rw", "read", "--rwmixread", "50"][..], "--rwmixread is only for --rw randrw"),
+        (&["--poll-us", "9"], "--poll-us is only for the peer cleave-poll"),
+        (&["--driver", "interrupt", "--driver-threads", "2"], "--driver-threads is only for"),
+        (&["--preset", "issue", "--bs", "8k"], "cannot be used with"),
+        (&["--only", "disk"], "--preset"),
+        (&["--file", "disk.raw", "--size", "2M"], "cannot be used with"),
+        (&["conformance", "--socket", "disk.sock", "--peer", "qsd"], "cannot be used with"),
+    ] {
+        refused(words, 2, saying);
+    }
 }
 
 /// By check: what came of it.

@@ -44,15 +44,15 @@ pub struct Measure {
     pub socket: Option<PathBuf>,
 
     /// A set of rows at once, in place of --rw, --bs, --depth and --queues
-    #[arg(long, value_enum, conflicts_with_all = ["file", "socket"])]
+    #[arg(long, value_enum, conflicts_with_all = ["file", "socket", "format", "peers", "rw", "rwmixread", "bs", "depth", "queues"])]
     pub preset: Option<Preset>,
 
     /// Where --preset makes its files in memory
-    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm", requires = "preset")]
     pub tmpfs: PathBuf,
 
     /// Only the rows of --preset with this in their names (repeat it for more)
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", requires = "preset")]
     pub only: Vec<String>,
 
     /// Who is measured; the first is what the others are compared with
@@ -62,9 +62,9 @@ pub struct Measure {
     #[arg(long, value_enum, default_value_t = Pattern::Randread)]
     pub rw: Pattern,
 
-    /// Of a hundred requests of randrw, so many are reads
-    #[arg(long, value_name = "PERCENT", default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
-    pub rwmixread: u8,
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    #[arg(help = "Of a hundred requests of randrw, so many are reads [default: 70]")]
+    pub rwmixread: Option<u8>,
 
     /// Bytes a request
     #[arg(long, default_value = "4k", value_parser = block_size)]
@@ -105,9 +105,9 @@ pub struct Measure {
     #[arg(long, value_name = "CPU")]
     pub pin: Option<usize>,
 
-    /// What the peer cleave-poll is given as --poll-us
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 50)]
-    pub poll_us: u32,
+    #[arg(long, value_name = "MICROSECONDS")]
+    #[arg(help = "What the peer cleave-poll is given as --poll-us [default: 50]")]
+    pub poll_us: Option<u32>,
 
     /// One JSON document in place of the table
     #[arg(long)]
@@ -130,7 +130,7 @@ pub struct Disk {
     pub scratch: Option<PathBuf>,
 
     /// Size of a file that is made
-    #[arg(long, default_value = "1G")]
+    #[arg(long, default_value = "1G", conflicts_with = "file", value_parser = disk_size)]
     pub size: ByteSize,
 
     /// Yes, write to --file, or to the disk behind --socket: what is on it is lost
@@ -144,11 +144,11 @@ pub struct Conformance {
     pub disk: Disk,
 
     /// Check whatever listens on this vhost-user socket; checks that write need --overwrite
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["file", "scratch"])]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["file", "scratch", "size", "format"])]
     pub socket: Option<PathBuf>,
 
-    /// Start this daemon, unless --socket is given
-    #[arg(long, value_enum, default_value_t = Peer::Cleave)]
+    /// Start this daemon
+    #[arg(long, value_enum, default_value_t = Peer::Cleave, conflicts_with = "socket")]
     pub peer: Peer,
 
     /// Only checks with this in their names (repeat it for more)
@@ -165,7 +165,7 @@ pub struct Kill {
     #[command(flatten)]
     pub disk: Disk,
 
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub kills: u32,
 
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -261,6 +261,14 @@ fn block_size(text: &str) -> std::result::Result<ByteSize, String> {
     let size: ByteSize = text.parse().map_err(|error| format!("{error}"))?;
     if size.bytes() == 0 || !size.bytes().is_multiple_of(512) || size.bytes() > 1 << 20 {
         return Err("a multiple of 512 up to 1M is needed".to_owned());
+    }
+    Ok(size)
+}
+
+fn disk_size(text: &str) -> std::result::Result<ByteSize, String> {
+    let size: ByteSize = text.parse().map_err(|error| format!("{error}"))?;
+    if size.bytes() < 1 << 20 || !size.bytes().is_multiple_of(4096) {
+        return Err("a multiple of 4k from 1M on is needed".to_owned());
     }
     Ok(size)
 }

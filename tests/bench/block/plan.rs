@@ -127,7 +127,14 @@ pub struct Plan {
     _prepared: Option<Prepared>,
 }
 
+/// Of a hundred requests of randrw, so many are reads.
+const READS_OF_A_MIX: u8 = 70;
+
+/// What the peer cleave-poll is given.
+const POLL_US: u32 = 50;
+
 pub fn plan(args: &Measure) -> Result<Plan> {
+    nothing_is_ignored(args)?;
     let settings = Settings::new(args);
     let (bouts, made, prepared) = match args.preset {
         Some(_) => issue(args).map(|(bouts, made)| (bouts, made, None))?,
@@ -136,8 +143,27 @@ pub fn plan(args: &Measure) -> Result<Plan> {
     Ok(Plan { settings, bouts, _made: made, _prepared: prepared })
 }
 
+/// Options that would make no difference are refused: whoever gives one expects it to.
+fn nothing_is_ignored(args: &Measure) -> Result<()> {
+    let polls_a_daemon = args.preset.is_some() || args.peers.contains(&Peer::CleavePoll);
+    let ignored = [
+        (args.rwmixread.is_some() && args.rw != Pattern::Randrw, "--rwmixread", "--rw randrw"),
+        (args.poll_us.is_some() && !polls_a_daemon, "--poll-us", "the peer cleave-poll"),
+        (
+            args.driver_threads.is_some() && args.driver == Some(Driver::Interrupt),
+            "--driver-threads",
+            "a driver that polls",
+        ),
+    ];
+    match ignored.into_iter().find(|(ignored, ..)| *ignored) {
+        Some((_, option, needs)) => Err(BenchError::Usage(format!("{option} is only for {needs}"))),
+        None => Ok(()),
+    }
+}
+
 fn one_row(args: &Measure) -> Result<(Bout, Option<Prepared>)> {
-    let row = Row::new(args.rw, args.bs.bytes(), args.depth, args.queues, args.rwmixread);
+    let mix = args.rwmixread.unwrap_or(READS_OF_A_MIX);
+    let row = Row::new(args.rw, args.bs.bytes(), args.depth, args.queues, mix);
     if args.socket.is_some() && args.rw.writes() && !args.disk.overwrite {
         return Err(BenchError::Usage(
             "this writes to the disk behind --socket: say --overwrite if nothing on it is needed".into(),
@@ -153,7 +179,11 @@ fn one_row(args: &Measure) -> Result<(Bout, Option<Prepared>)> {
             // fio knows no image formats and no stamps.
             **peer != Peer::Fio || (image.format == Format::Raw && !args.verify)
         });
-        contenders.extend(able.map(|peer| Contender::of(*peer, image, args.poll_us)));
+        let poll_us = args.poll_us.unwrap_or(POLL_US);
+        contenders.extend(able.map(|peer| Contender::of(*peer, image, poll_us)));
+        if contenders.len() < args.peers.len() {
+            eprintln!("fio is left out: it takes raw files, and no --verify");
+        }
     }
     if let Some(socket) = &args.socket {
         let name = socket.file_name().map_or("socket".into(), |name| name.to_string_lossy().into_owned());
@@ -183,7 +213,7 @@ fn issue(args: &Measure) -> Result<(Vec<Bout>, Vec<tempfile::TempDir>)> {
     let (mut bouts, mut made) = (Vec::new(), Vec::new());
     for (place, parent) in [("disk", &disk), ("memory", &args.tmpfs)] {
         let wanted: Vec<Bout> =
-            empty_bouts(place, args).into_iter().filter(|bout| is_wanted(bout, &args.only)).collect();
+            empty_bouts(place).into_iter().filter(|bout| is_wanted(bout, &args.only)).collect();
         if wanted.is_empty() {
             continue;
         }
@@ -194,7 +224,7 @@ fn issue(args: &Measure) -> Result<(Vec<Bout>, Vec<tempfile::TempDir>)> {
         let qcow2 = if needs_qcow2 { Some(scratch::make_qcow2(&raw)?) } else { None };
         for mut bout in wanted {
             let image = if bout.place.ends_with("qcow2") { qcow2.as_ref().unwrap_or(&raw) } else { &raw };
-            bout.contenders = line_up(&bout, image, &raw, args.poll_us);
+            bout.contenders = line_up(&bout, image, &raw, args.poll_us.unwrap_or(POLL_US));
             bouts.push(bout);
         }
         made.push(directory);
@@ -210,9 +240,9 @@ fn is_wanted(bout: &Bout, only: &[String]) -> bool {
     only.is_empty() || only.iter().any(|text| name.contains(text.as_str()))
 }
 
-fn empty_bouts(place: &str, args: &Measure) -> Vec<Bout> {
+fn empty_bouts(place: &str) -> Vec<Bout> {
     let formats: &[&str] = if place == "disk" { &["raw", "qcow2"] } else { &["raw"] };
-    let rows = KINDS.map(|(rw, bs, depth, queues)| Row::new(rw, bs, depth, queues, args.rwmixread));
+    let rows = KINDS.map(|(rw, bs, depth, queues)| Row::new(rw, bs, depth, queues, READS_OF_A_MIX));
     formats
         .iter()
         .flat_map(|format| rows.iter().map(move |row| (format!("{place} {format}"), row.clone())))

@@ -1,7 +1,8 @@
 //! The files that are measured. Nothing is written to that this program has not made, unless the person said so.
 
 use std::fs::{self, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,13 +40,7 @@ pub fn prepare(disk: &Disk, writes: bool) -> Result<Prepared> {
         let image = if disk.format == Format::Raw { raw } else { make_qcow2(&raw)? };
         return Ok(Prepared { image, _made: Some(directory) });
     };
-    let metadata = fs::metadata(path).map_err(BenchError::io(format!("--file {}", path.display())))?;
-    if metadata.is_dir() {
-        return Err(BenchError::Usage(format!(
-            "{} is a directory: --scratch makes a file in it",
-            path.display()
-        )));
-    }
+    check_kind(path)?;
     if writes && !disk.overwrite {
         return Err(BenchError::Usage(format!(
             "this writes to {0}: say --overwrite if nothing on it is needed, or let --scratch DIR make a file",
@@ -54,6 +49,20 @@ pub fn prepare(disk: &Disk, writes: bool) -> Result<Prepared> {
     }
     let image = Image { path: path.clone(), format: disk.format, direct: can_be_direct(path)? };
     Ok(Prepared { image, _made: None })
+}
+
+/// A fifo or a terminal would be waited for without end, for somebody to open its other side.
+fn check_kind(path: &Path) -> Result<()> {
+    let usage = |what: String| Err(BenchError::Usage(format!("--file {}: {what}", path.display())));
+    match fs::metadata(path) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            usage(error.to_string())
+        }
+        Err(error) => Err(BenchError::Io { what: format!("--file {}", path.display()), source: error }),
+        Ok(metadata) if metadata.is_dir() => usage("a directory; --scratch makes a file in it".into()),
+        Ok(metadata) if metadata.is_file() || metadata.file_type().is_block_device() => Ok(()),
+        Ok(_) => usage("neither a regular file nor a block device".into()),
+    }
 }
 
 /// Where files are made: where the person said, or on the file system that holds the build.
@@ -88,6 +97,8 @@ pub fn make_raw(directory: &Path, bytes: u64) -> Result<Image> {
     dd.arg("if=/dev/urandom").arg(format!("of={}", path.display()));
     dd.args(["bs=1M", "conv=fsync", "status=none"]).arg(format!("count={}", bytes.div_ceil(1 << 20)));
     program(&mut dd)?;
+    let file = OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(bytes));
+    file.map_err(BenchError::io(format!("make {}", path.display())))?;
     let direct = can_be_direct(&path)?;
     Ok(Image { path, format: Format::Raw, direct })
 }
