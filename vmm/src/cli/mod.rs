@@ -47,18 +47,18 @@ With --uart stdio, Ctrl-A x quits and Ctrl-A h lists the keys. SIGTERM presses t
 one, or SIGINT, stops the machine at once. SIGUSR1 prints how the devices are.";
 
 const MEMORY_COLUMNS: &str = "\
-A line for each machine's VMM, then one for each process that it has started or that maps the same memory:
+A line for each machine's VMM, then one for each process that it started or that maps its memory:
   GUEST     guest memory, as the guest has it
   RESIDENT  what of it is in the host's RAM
   SWAPPED   what of it is swapped out on the host
-  HOLES     what of it is nowhere: never touched, or given back by a balloon or free page reporting
+  HOLES     what of it is nowhere: never touched, or given back by a balloon or by reporting
   MAPPED    guest memory in this process's page tables
   HUGE      what of that is in huge pages
   OWN       this process's share (PSS) of its other memory: what it costs besides
   OWN-SWAP  its other memory that is swapped out
 
-The figures are the kernel's (/proc/PID/smaps, of which smaps_rollup is the sum). '?' is for processes that this user may
-not look at.";
+The figures are the kernel's (/proc/PID/smaps, of which smaps_rollup is the sum). '?' stands for
+those of processes that this user may not look at.";
 
 /// A virtual machine monitor whose devices are processes of their own, over vhost-user
 #[derive(Debug, Parser)]
