@@ -13,6 +13,7 @@ mod memory;
 mod pci;
 mod plan;
 mod sandbox;
+mod usage;
 mod vhost;
 mod virtio;
 
@@ -31,6 +32,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Run(arguments) => run(*arguments),
         Command::Check { json } => return check::run(json).into(),
+        Command::Memory { pids, json } => usage::run(&pids, json),
     };
     match result {
         Ok(()) => ExitCode::Success.into(),

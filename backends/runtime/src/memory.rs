@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use cleave_common::vhost_user::{MAX_MEM_SLOTS, MemoryRegion};
 use rustix::fs::{FileType, fstat};
+use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
+    GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion, VolatileSlice,
 };
 
 /// The smallest unit that can be mapped.
@@ -212,7 +213,16 @@ fn map_region(region: &MemoryRegion, fd: OwnedFd) -> Result<GuestRegionMmap<()>,
         .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
         .build()
         .map_err(|error| failed(&error))?;
+    leave_out_of_dumps(&mapping);
     GuestRegionMmap::new(mapping, GuestAddress(region.guest_addr)).ok_or(MemoryError::Shape(*region))
+}
+
+/// A daemon's core dump has no use for the guest's memory: whoever wants it has it in the frontend's, unless that was told
+/// to leave it out.
+#[expect(unsafe_code, reason = "madvise")]
+fn leave_out_of_dumps(mapping: &MmapRegion<()>) {
+    // SAFETY: the range is one whole mapping of ours, and the advice changes nothing that it reads as.
+    let _ = unsafe { madvise(mapping.as_ptr().cast(), mapping.size(), Advice::LinuxDontDump) };
 }
 
 #[cfg(test)]

@@ -29,6 +29,12 @@ pub(super) fn in_l1(
     command.arg(tools.qemu_path());
     command.args(["-M", "q35", "-cpu", CPU, "-nodefaults", "-display", "none", "-no-reboot"]);
     command.args(["-m", &format!("{}M", job.memory.bytes() >> 20)]);
+    for node in (0..job.numa_nodes).filter(|_| job.numa_nodes > 1) {
+        let size = (job.memory.bytes() >> 20) / u64::from(job.numa_nodes);
+        let cpus = if node == 0 { format!(",cpus=0-{}", job.cpus - 1) } else { String::new() };
+        command.args(["-object", &format!("memory-backend-ram,id=node{node},size={size}M")]);
+        command.args(["-numa", &format!("node,nodeid={node},memdev=node{node}{cpus}")]);
+    }
     if job.instruction_clock {
         command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
     } else {

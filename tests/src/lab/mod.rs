@@ -61,6 +61,8 @@ pub struct Job {
     pub memory: ByteSize,
     /// 2 MiB pages that L1 sets aside when it boots.
     pub huge_pages: u32,
+    /// NUMA nodes that an emulated machine's memory is on, an equal part on each; its CPUs are on the first.
+    pub numa_nodes: u32,
     /// One nanosecond of the machine's time is one instruction: CPU times repeat within a percent. One CPU.
     pub instruction_clock: bool,
     pub disks: Vec<Disk>,
@@ -97,6 +99,7 @@ impl Job {
             cpus: 1,
             memory: ByteSize(3 << 30),
             huge_pages: 0,
+            numa_nodes: 1,
             instruction_clock: false,
             disks: Vec::new(),
             follow: false,

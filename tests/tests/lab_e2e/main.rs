@@ -8,6 +8,7 @@ mod daemons;
 mod debian;
 mod disks;
 mod faults;
+mod memory;
 mod network;
 mod refusals;
 mod rig;
@@ -41,6 +42,7 @@ const GROUPS: &[&str] = &[
     "survival::",
     "debian::",
     "network::",
+    "memory::",
     "boots::",
     "daemons::",
     "faults::",
@@ -65,6 +67,7 @@ fn cases() -> Vec<Case> {
         refusals::CASES,
         survival::CASES,
         network::CASES,
+        memory::CASES,
     ]
     .concat()
 }
@@ -120,6 +123,7 @@ fn in_the_lab() -> Result<i32> {
     guest::initramfs(&cache)?;
     peers::rng_daemon(&cache)?;
     let debian = Debian::open(&cache)?;
+    let swap = blank_disk(&cache)?;
     let this = std::env::current_exe()
         .map_err(|source| Error::Io { what: "find this program".to_owned(), source })?;
 
@@ -136,7 +140,8 @@ fn in_the_lab() -> Result<i32> {
     let worker = || -> Result<i32> {
         let mut worst = 0;
         while let Some(arguments) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
-            worst = worst.max(run(&lab, &job(&this, arguments.clone(), &bin, &cache, &debian))?);
+            worst = worst
+                .max(run(&lab, &job(&this, arguments.clone(), &bin, &cache, [&debian.disk, swap.path()]))?);
         }
         Ok(worst)
     };
@@ -168,7 +173,17 @@ fn run(lab: &Lab, job: &Job) -> Result<i32> {
     Ok(outcome.code)
 }
 
-fn job(this: &Path, arguments: Vec<OsString>, bin: &Path, cache: &Cache, debian: &Debian) -> Job {
+/// What a case uses as swap, empty.
+fn blank_disk(cache: &Cache) -> Result<tempfile::NamedTempFile> {
+    let made = tempfile::NamedTempFile::new_in(cache.root()).and_then(|file| {
+        file.as_file().set_len(1 << 30)?;
+        Ok(file)
+    });
+    made.map_err(|source| Error::Io { what: "make a disk for swap".to_owned(), source })
+}
+
+fn job(this: &Path, arguments: Vec<OsString>, bin: &Path, cache: &Cache, disks: [&Path; 2]) -> Job {
+    let about_memory = arguments.iter().any(|word| word.to_string_lossy().starts_with("memory::"));
     let mut job = Job::new(std::iter::once(this.as_os_str().to_owned()).chain(arguments));
     job.environment = vec![
         (INSIDE.to_owned(), "1".into()),
@@ -178,7 +193,8 @@ fn job(this: &Path, arguments: Vec<OsString>, bin: &Path, cache: &Cache, debian:
     job.time_limit = Duration::from_secs(1500);
     job.memory = MEMORY;
     job.huge_pages = rig::HUGE_PAGES;
-    job.disks = vec![Disk { path: debian.disk.clone(), persistent: false }];
+    job.numa_nodes = if about_memory { 2 } else { 1 };
+    job.disks = disks.map(|path| Disk { path: path.to_owned(), persistent: false }).into();
     job.follow = true;
     job
 }

@@ -8,7 +8,7 @@ use std::io;
 use cleave_common::size::ByteSize;
 
 use super::Check;
-use crate::memory::{HugePages, memory_available, memory_total};
+use crate::memory::{HugePages, SHMEM_ENABLED, SharedHugePages, memory_available, memory_total};
 
 /// Bytes that a small guest takes, with its daemons.
 const COMFORTABLE: u64 = 512 << 20;
@@ -111,17 +111,16 @@ pub(super) fn huge_pages() -> Check {
 /// Whether the memory that guests share with their daemons gets huge pages as they touch it.
 pub(super) fn shared_huge_pages() -> Check {
     const NAME: &str = "shared memory";
-    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let setting = fs::read_to_string(SETTING).unwrap_or_default();
-    let chosen = setting.split(['[', ']']).nth(1).unwrap_or("none");
-    match chosen {
-        "always" | "advise" | "within_size" | "force" => Check::ok(NAME, format!("in huge pages ({chosen})")),
-        _ => Check::warn(
-            NAME,
-            format!("in small pages, except what a kernel needs to start (shmem_enabled: {chosen})"),
-            format!("for faster guests: echo advise > {SETTING}"),
-        ),
+    let pages = SharedHugePages::of_host();
+    let chosen = &pages.setting;
+    if pages.on_touch() {
+        return Check::ok(NAME, format!("in huge pages ({chosen})"));
     }
+    Check::warn(
+        NAME,
+        format!("in small pages, except what a kernel needs to start (shmem_enabled: {chosen})"),
+        format!("for faster guests: echo advise > {SHMEM_ENABLED}"),
+    )
 }
 
 /// What network daemons need to reach the host's network.

@@ -16,7 +16,7 @@ use crate::arch::x86_64::regs::{CR4_OSFXSR, CR4_OSXMMEXCPT, long_mode};
 use crate::arch::x86_64::{cpuid, msr};
 use crate::kvm::vcpu::{EntryState, ExitHandler, VcpuConfig, VcpuEvent, VcpuHandle};
 use crate::kvm::{Kvm, KvmError, Vm};
-use crate::memory::{Backing, GuestRam, RamOptions, RamRegion};
+use crate::memory::{GuestRam, RamOptions, RamRegion};
 
 /// Far more than the guest needs, even where KVM itself is emulated.
 const TIME_LIMIT: Duration = Duration::from_secs(2);
@@ -208,9 +208,8 @@ fn run_guest(kvm: &Kvm) -> Result<Duration, String> {
 }
 
 fn build(kvm: &Kvm, program: &Program) -> Result<(Vm, EntryState), String> {
-    let options = RamOptions { backing: Backing::Memfd, page_size: None, prefault: false };
     let region = RamRegion { gpa: 0, size: RAM, file_offset: 0 };
-    let ram = GuestRam::new(&options, &[region]).map_err(|error| with_causes(&error))?;
+    let ram = GuestRam::new(&RamOptions::default(), &[region]).map_err(|error| with_causes(&error))?;
     let memory = ram.memory();
     let write = || {
         memory.write_slice(&program.code(), GuestAddress(CODE))?;

@@ -46,6 +46,20 @@ Examples:
 With --uart stdio, Ctrl-A x quits and Ctrl-A h lists the keys. SIGTERM presses the guest's power button; a second
 one, or SIGINT, stops the machine at once. SIGUSR1 prints how the devices are.";
 
+const MEMORY_COLUMNS: &str = "\
+A line for each machine's VMM, then one for each process that it started or that maps its memory:
+  GUEST     guest memory, as the guest has it
+  RESIDENT  what of it is in the host's RAM
+  SWAPPED   what of it is swapped out on the host
+  HOLES     what of it is nowhere: never touched, or given back by a balloon or by reporting
+  MAPPED    guest memory in this process's page tables
+  HUGE      what of that is in huge pages
+  OWN       this process's share (PSS) of its other memory: what it costs besides
+  OWN-SWAP  its other memory that is swapped out
+
+The figures are the kernel's (/proc/PID/smaps, of which smaps_rollup is the sum). '?' stands for
+those of processes that this user may not look at.";
+
 /// A virtual machine monitor whose devices are processes of their own, over vhost-user
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = EXIT_CODES, after_help = "'cleave help COMMAND' says more.")]
@@ -62,6 +76,16 @@ pub enum Command {
     /// Say what this host offers and lacks for running machines, and what to do about it
     Check {
         /// Print JSON for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say where the memory of running machines is: in RAM, swapped out, given back, and with which process
+    #[command(after_long_help = MEMORY_COLUMNS)]
+    Memory {
+        /// A machine's `cleave run`; all that this user may look at unless given
+        #[arg(value_name = "PID")]
+        pids: Vec<u32>,
+        /// Print JSON for programs, in bytes
         #[arg(long)]
         json: bool,
     },
@@ -90,10 +114,16 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = vcpus, allow_negative_numbers = true)]
     cpus: Option<u32>,
 
-    /// Guest memory: SIZE, or size=SIZE[,backing=memfd|hugetlbfs][,page-size=2M|1G][,prefault=on] [default: 512M]
+    /// Guest memory: SIZE, or
+    /// size=SIZE[,backing=memfd|hugetlbfs][,page-size=2M|1G][,mem-path=DIR][,thp=always|never|advise]
+    /// [,prefault=on][,prefault-threads=N][,host-node=LIST][,dump=off] [default: 512M]
     ///
-    /// backing=hugetlbfs takes the host's reserved huge pages. prefault=on takes all memory from the host before the
-    /// guest starts.
+    /// backing=hugetlbfs takes the host's reserved huge pages. mem-path=/dev/hugepages does so from a mounted hugetlbfs,
+    /// within its limits and permissions; only there a daemon could end the machine, by cutting its memory short. thp= is
+    /// about the transparent huge pages of a memfd: always has to have them, never has none, advise takes what the host
+    /// gives. prefault=on takes all memory from the host before the guest starts, with a thread for each host CPU, up to 8,
+    /// unless prefault-threads= says how many. host-node=0 takes memory of those NUMA nodes of the host only; huge pages are
+    /// then all taken at the start. dump=off leaves guest memory out of core dumps.
     #[arg(long, value_name = "SIZE|KEYS", value_parser = |text: &str| options::parse::<MemoryConfig>(text, Some("size")))]
     memory: Option<MemoryConfig>,
 

@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
-pub use memory::{Backing, MemoryConfig};
+pub use memory::{Backing, MemoryConfig, Thp};
 pub use net::{NetConfig, NetDevice, NetPeer};
 pub use uart::UartConfig;
 

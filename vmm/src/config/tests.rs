@@ -57,7 +57,7 @@ fn a_file_that_is_wrong_is_refused_in_one_line() {
         ),
         (
             "[memory]\nsize = '1G'\nprefalt = true",
-            "line 3: memory: unknown key 'prefalt' (did you mean 'prefault'?); the keys are: size, backing, page-size, prefault",
+            "line 3: memory: unknown key 'prefalt' (did you mean 'prefault'?); the keys are: size, backing, page-size, mem-path, ",
         ),
         ("memory = { backing = 'memfd' }", "line 1: memory: 'size' is missing"),
         ("memory = '2X'", "line 1: memory: size: '2X' is no size"),
@@ -164,10 +164,57 @@ fn what_cannot_be_is_refused_with_a_reason() {
         ("1G,backing=hugetlbfs,page-size=4M", "2M and 1G"),
         ("513M,backing=hugetlbfs", "multiple of 2M"),
         ("1536M,backing=hugetlbfs,page-size=1G", "multiple of 1G"),
+        ("1536M,mem-path=/dev/hugepages,page-size=1G", "multiple of 1G"),
+        ("513M,mem-path=/dev/hugepages", "multiple of 2M"),
+        ("1G,mem-path=/dev/hugepages,backing=memfd", "leave one of them out"),
+        ("1G,mem-path=", "the path is empty"),
+        ("1G,backing=hugetlbfs,thp=always", "hugetlbfs has huge pages always"),
+        ("1G,mem-path=/dev/hugepages,thp=never", "hugetlbfs has huge pages always"),
+        ("1G,prefault=on,prefault-threads=0", "1 to 64 threads"),
+        ("1G,prefault=on,prefault-threads=65", "1 to 64 threads"),
+        ("1G,prefault-threads=4", "goes with prefault=on"),
+        ("1G,merge=on", "use a balloon, free page reporting or swap on the host"),
     ] {
         let memory = Some(options::parse(memory, Some("size")).unwrap());
         let said = refusal(Settings { memory, ..bootable() });
         assert!(said.contains(reason), "{said}");
+    }
+}
+
+#[test]
+fn memory_says_what_it_is_made_of() {
+    let memory = |text: &str| options::parse::<MemoryConfig>(text, Some("size"));
+    let plain = memory("1G").unwrap();
+    assert_eq!(
+        (plain.backing(), plain.dump, plain.merge, plain.prefault),
+        (Backing::Memfd, true, false, false)
+    );
+    assert_eq!(plain, MemoryConfig { size: ByteSize(1 << 30), ..MemoryConfig::default() });
+    let all = "1G,mem-path=/dev/hugepages,page-size=2M,prefault=on,prefault-threads=4,host-node=0-1,dump=off,merge=off";
+    let all = memory(all).unwrap();
+    assert_eq!(all.validate(), Ok(()));
+    assert_eq!(all.backing(), Backing::Hugetlbfs);
+    assert_eq!(all.host_node.as_ref().map(|nodes| nodes.nodes()), Some(&[0, 1][..]));
+    assert!(!all.dump);
+    let in_file = file(
+        "[memory]\nsize = '1G'\nmem-path = '/dev/hugepages'\npage-size = '2M'\nprefault = true\nprefault-threads = 4\n\
+         host-node = '0-1'\ndump = false",
+    );
+    assert_eq!(in_file.memory, Some(all));
+    assert_eq!(file("[memory]\nsize = '1G'\nhost-node = 1").memory, Some(memory("1G,host-node=1").unwrap()));
+    assert_eq!(memory("1G,thp=never").unwrap().thp, Some(Thp::Never));
+    for (text, message) in [
+        ("1G,thp=allways", "thp: 'allways' is not one of: always, never, advise (did you mean 'always'?)"),
+        (
+            "1G,host-node=first",
+            "host-node: 'first' is no list of the host's NUMA nodes: write it as 0 or 0-1",
+        ),
+        ("1G,host-node=4096", "no host has a NUMA node 4096"),
+        ("1G,mem_path=/x", "did you mean 'mem-path'?"),
+        ("1G,prefault-threads=many", "prefault-threads: 'many' is no valid number"),
+    ] {
+        let said = memory(text).unwrap_err().to_string();
+        assert!(said.contains(message), "{text}: {said}");
     }
 }
 

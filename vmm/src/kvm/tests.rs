@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::vcpu::{EntryState, ExitHandler, VcpuConfig, VcpuEvent, VcpuHandle};
 use super::*;
-use crate::memory::{Backing, GuestRam, RamOptions, RamRegion};
+use crate::memory::{GuestRam, RamOptions, RamRegion};
 
 const CODE: u64 = 0x1000;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -53,8 +53,9 @@ struct Guest {
 impl Guest {
     fn new(code: &[u8], answers: &[u8]) -> Self {
         let kvm = Kvm::open().unwrap();
-        let options = RamOptions { backing: Backing::Memfd, page_size: None, prefault: false };
-        let ram = GuestRam::new(&options, &[RamRegion { gpa: 0, size: 1 << 20, file_offset: 0 }]).unwrap();
+        let ram =
+            GuestRam::new(&RamOptions::default(), &[RamRegion { gpa: 0, size: 1 << 20, file_offset: 0 }])
+                .unwrap();
         ram.memory().write_slice(code, GuestAddress(CODE)).unwrap();
         let vm = Vm::new(&kvm, Arc::new(ram)).unwrap();
         let (sender, news) = channel();

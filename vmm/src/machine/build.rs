@@ -8,18 +8,18 @@ use super::connect::{check_sockets, connect_all, start_daemons};
 use super::event::{Event, EventQueue, EventSender, SlotIndex};
 use super::firmware;
 use super::health::HealthTable;
+use super::ram;
 use super::signals::Signals;
 use super::{Machine, Phase};
 use crate::arch::x86_64::{cpuid, msr};
 use crate::bus;
-use crate::config::{self, MachineConfig, UartConfig};
+use crate::config::{MachineConfig, UartConfig};
 use crate::kvm::irq::{Gsi, Routes};
 use crate::kvm::vcpu::{VcpuConfig, VcpuHandle};
 use crate::kvm::{Kvm, Vm};
 use crate::legacy::line::Line;
 use crate::legacy::power::{self, KeyboardReset, PowerPorts};
 use crate::legacy::uart::{self, Uart};
-use crate::memory::{self, GuestRam, RamOptions};
 use crate::pci::Root;
 use crate::plan::{self, MachinePlan};
 use crate::vhost::{MemoryTable, Negotiated};
@@ -41,7 +41,7 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let line = Line::open(&config.uart, queue.wake()).map_err(Failure::usage)?;
 
     let kvm = Kvm::open().map_err(Failure::host)?;
-    let ram = GuestRam::new(&ram_options(config), &plan.ram).map_err(Failure::host)?;
+    let Some(ram) = ram::take(&config.memory, &plan.ram, &mut signals)? else { return Ok(None) };
     let vm = Vm::new(&kvm, Arc::new(ram)).map_err(Failure::host)?;
 
     let mut health = HealthTable::new(&plan.slots);
@@ -80,15 +80,6 @@ fn raise_file_limit() {
     if let Err(error) = raised {
         tracing::debug!("the limit of open files stays at {:?}: {error}", limit.current);
     }
-}
-
-fn ram_options(config: &MachineConfig) -> RamOptions {
-    let backing = match config.memory.backing {
-        config::Backing::Memfd => memory::Backing::Memfd,
-        config::Backing::Hugetlbfs => memory::Backing::Hugetlbfs,
-    };
-    let page_size = config.memory.page_size.map(|size| size.bytes());
-    RamOptions { backing, page_size, prefault: config.memory.prefault }
 }
 
 fn build_pci(

@@ -20,6 +20,7 @@ mod devices;
 mod event;
 mod firmware;
 mod health;
+mod ram;
 mod signals;
 mod supervise;
 

@@ -50,7 +50,7 @@ impl HugePages {
             None => meminfo("Hugepagesize")?,
         };
         let pools = Self::all();
-        let has: Vec<_> = pools.iter().map(|pool| super::readable(pool.size)).collect();
+        let has: Vec<_> = pools.iter().map(|pool| super::error::readable(pool.size)).collect();
         pools
             .into_iter()
             .find(|pool| pool.size == size)
@@ -79,6 +79,7 @@ impl HugePages {
         }
         Err(MemoryError::TooFewHugePages {
             page_size: self.size,
+            place: String::new(),
             needed,
             free: self.free,
             total: self.total + (needed - self.free),

@@ -6,29 +6,35 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::os::fd::AsFd;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::{Builder, available_parallelism, scope};
 
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::{MappedRegion, RamRegion};
+use super::{RamRegion, Thp};
 
 /// Bytes of a transparent huge page on x86-64.
-const HUGE_PAGE: u64 = 2 << 20;
+pub(super) const HUGE_PAGE: u64 = 2 << 20;
 const SMALL_PAGE: u64 = 4 << 10;
 
+/// How a region is mapped.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Manner {
+    /// Bytes of the file's pages.
+    pub page_size: u64,
+    pub flags: MapFlags,
+    pub thp: Option<Thp>,
+    /// Whether it is in core dumps.
+    pub dump: bool,
+}
+
 /// Maps `region` of `file` for the life of the process.
-pub(super) fn map(
-    file: &Arc<File>,
-    region: &RamRegion,
-    page_size: u64,
-    flags: MapFlags,
-) -> io::Result<MmapRegion<()>> {
+pub(super) fn map(file: &Arc<File>, region: &RamRegion, manner: Manner) -> io::Result<MmapRegion<()>> {
+    let Manner { page_size, flags, thp, dump } = manner;
     let alignment = page_size.max(HUGE_PAGE);
     let size = region.size as usize;
     let address = reserve_aligned(region.size, region.file_offset, alignment)?;
@@ -37,10 +43,15 @@ pub(super) fn map(
     let address =
         unsafe { mmap(address, size, protection, flags | MapFlags::FIXED, file, region.file_offset) }?;
 
+    let huge = if thp == Some(Thp::Never) { Advice::LinuxNoHugepage } else { Advice::LinuxHugepage };
     // A host that leaves huge pages of shared memory to such advice (shmem_enabled=advise) needs no other. An error
     // means that it has none.
     // SAFETY: the range is the mapping just made; the advice changes nothing that it reads as.
-    let _ = unsafe { madvise(address, size, Advice::LinuxHugepage) };
+    let _ = unsafe { madvise(address, size, huge) };
+    if !dump {
+        // SAFETY: as above.
+        unsafe { madvise(address, size, Advice::LinuxDontDump) }?;
+    }
 
     let offset = FileOffset::from_arc(Arc::clone(file), region.file_offset);
     // SAFETY: the mapping is `size` bytes long, readable and writable, and is never unmapped.
@@ -70,48 +81,21 @@ fn reserve_aligned(size: u64, offset: u64, alignment: u64) -> io::Result<*mut st
     }
 }
 
-/// Takes every page of `region` now.
-pub(super) fn populate(region: &MappedRegion) -> io::Result<()> {
-    // SAFETY: the range is exactly one of our mappings, which is never unmapped; populating it changes no byte of it.
-    let result =
-        unsafe { madvise(region.host_address as *mut _, region.size as usize, Advice::LinuxPopulateWrite) };
-    Ok(result?)
+/// Takes every page of `len` bytes from `address`, in one of our mappings.
+pub(super) fn populate(address: u64, len: u64) -> io::Result<()> {
+    loop {
+        // SAFETY: the range is part of one of our mappings, which is never unmapped; populating it changes no byte of it.
+        match unsafe { madvise(address as *mut _, len as usize, Advice::LinuxPopulateWrite) } {
+            Err(Errno::INTR) => {}
+            // What a touch would die of.
+            Err(Errno::FAULT) => return Err(Errno::NOMEM.into()),
+            result => return Ok(result?),
+        }
+    }
 }
 
-/// Makes whole huge pages of what lies in `range`, an offset into `region`, as far as the host can.
-///
-/// Nearly all of it is the kernel clearing pages, so every host CPU takes part, and a machine starts that much sooner.
-pub(super) fn collapse(region: &MappedRegion, range: Range<u64>) {
-    const MOST_THREADS: usize = 8;
-    let start = range.start - range.start % HUGE_PAGE;
-    let end = range.end.next_multiple_of(HUGE_PAGE).min(region.size - region.size % HUGE_PAGE);
-    let pages = end.saturating_sub(start) / HUGE_PAGE;
-    let next = AtomicU64::new(0);
-    let work = || {
-        loop {
-            let page = next.fetch_add(1, Ordering::Relaxed);
-            if page >= pages {
-                return;
-            }
-            if let Err(error) = collapse_page(region.host_address + start + page * HUGE_PAGE) {
-                tracing::debug!("guest memory stays in small pages from {start:#x} of a region on: {error}");
-                // What one page cannot have, the next will not get either.
-                next.store(pages, Ordering::Relaxed);
-            }
-        }
-    };
-    let threads = available_parallelism().map_or(1, usize::from).min(MOST_THREADS).min(pages as usize);
-    scope(|scope| {
-        for _ in 1..threads {
-            // A host that gives no thread leaves the work to this one.
-            let _ = Builder::new().name("huge-pages".to_owned()).spawn_scoped(scope, work);
-        }
-        work();
-    });
-}
-
-/// Makes one huge page at `address`, which is aligned and in one of our mappings.
-fn collapse_page(address: u64) -> io::Result<()> {
+/// Makes one transparent huge page at `address`, which is aligned and in one of our mappings.
+pub(super) fn collapse_page(address: u64) -> io::Result<()> {
     // The kernel makes no huge page where nothing is yet: one small page must be there.
     for (length, advice) in [(SMALL_PAGE, libc::MADV_POPULATE_READ), (HUGE_PAGE, libc::MADV_COLLAPSE)] {
         // SAFETY: the range is part of one of our mappings, which is never unmapped; neither advice changes what it
@@ -123,9 +107,28 @@ fn collapse_page(address: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the pages of a mapping come from the nodes in `mask`, whoever touches them first.
+///
+/// The kernel keeps this with the file for a memfd; for hugetlbfs it is the mapping's alone.
+pub(super) fn bind(address: u64, len: u64, mask: &[u64]) -> io::Result<()> {
+    // The kernel takes one bit less than it is told of (mbind(2), BUGS).
+    let bits = mask.len() * 64 + 1;
+    let (mode, flags) = (libc::MPOL_BIND, 0);
+    // SAFETY: the mask is as many bits long as said, and the call changes nothing that the mapping reads as.
+    let result = unsafe { libc::syscall(libc::SYS_mbind, address, len, mode, mask.as_ptr(), bits, flags) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// This process and those it starts from now on get no transparent huge pages, in whatever memory they touch.
+pub(super) fn forbid_huge_pages() -> io::Result<()> {
+    // SAFETY: the call takes numbers only, and changes nothing that memory reads as.
+    let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1_u64, 0_u64, 0_u64, 0_u64) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Reserves, in the pool of huge pages, what the first `size` bytes of `file` do not have yet. The reservation stays
 /// with the file.
-pub(super) fn reserve(file: &File, size: u64) -> io::Result<()> {
+pub(super) fn reserve(file: impl AsFd, size: u64) -> io::Result<()> {
     // SAFETY: the kernel chooses the address, so nothing is replaced; and nobody learns it before it is unmapped.
     unsafe {
         let address = mmap(ptr::null_mut(), size as usize, ProtFlags::empty(), MapFlags::SHARED, file, 0)?;

@@ -1,34 +1,45 @@
 //! Guest RAM: one file that the VMM and every daemon map shared.
 //!
 //! Invariants:
-//! - One file holds all of RAM; a region is a range of it. The file never changes its size (sealed, or a hugetlbfs
-//!   file nobody else can open for writing its length), so that no mapping of it can fault beyond its end.
+//! - One file holds all of RAM; a region is a range of it. The file never changes its size: it is sealed, but for one of
+//!   a mounted hugetlbfs ([`file`]), so that no mapping of it can fault beyond its end.
 //! - A page is in the file or nowhere: nothing is mapped private, so what a daemon writes is what the guest reads.
 //! - Regions do not overlap. A mapping, once made, stays for the life of the process, so no address of it that KVM or
 //!   anyone else still holds can become another's.
 
+mod error;
+mod file;
 mod host;
 mod mapping;
+mod numa;
+mod prefault;
 #[cfg(test)]
 mod tests;
+mod thp;
 
 use std::fs::File;
-use std::io;
-use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::ops::{ControlFlow, Range};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use cleave_common::size::ByteSize;
-use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
-};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mm::MapFlags;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
 };
 
+pub use error::MemoryError;
+pub(crate) use error::SHMEM_ENABLED;
+pub(crate) use file::NAME as FILE_NAME;
 pub(crate) use host::{HugePages, memory_available, memory_total};
+pub use prefault::{Progress, Watch};
+pub(crate) use thp::SharedHugePages;
+
+use file::RamFile;
+use mapping::Manner;
+use numa::Nodes;
+use prefault::Taking;
 
 /// Bytes of an ordinary page.
 const PAGE: u64 = 4096;
@@ -61,51 +72,49 @@ pub enum Backing {
     Hugetlbfs,
 }
 
-#[derive(Debug, Clone, Copy)]
-pub struct RamOptions {
-    pub backing: Backing,
-    /// Bytes, for [`Backing::Hugetlbfs`]; the host's default size if absent.
-    pub page_size: Option<u64>,
-    /// Take every page from the host now, in huge pages where it has them.
-    pub prefault: bool,
+/// Whether a memfd is in transparent huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Thp {
+    /// An error where the host gives none.
+    Always,
+    /// Not even those that the kernel would give.
+    Never,
+    /// As far as the host gives them.
+    Advise,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
-    #[error("a machine needs memory: the size is 0")]
-    Empty,
-    #[error(
-        "{size} of guest memory is more than the {host} this host has; give the guest less (--memory)",
-        size = readable(*.0), host = readable(*.1)
-    )]
-    MoreThanHost(u64, u64),
-    #[error(
-        "{size} of guest memory is not a whole number of {page} huge pages; use a multiple of {page}",
-        size = readable(*.0), page = readable(*.1)
-    )]
-    NotWholePages(u64, u64),
-    #[error(
-        "this host has no huge pages of {size}; it has: {has}",
-        size = readable(*.0), has = if .1.is_empty() { "none" } else { .1 }
-    )]
-    NoSuchPageSize(u64, String),
-    #[error(
-        "too few huge pages of {size}: {needed} are needed, {free} are free; get them with: echo {total} > {path}",
-        size = readable(*page_size)
-    )]
-    TooFewHugePages { page_size: u64, needed: u64, free: u64, total: u64, path: String },
-    #[error("cannot create the file of guest memory ({size})", size = readable(*.0))]
-    Create(u64, #[source] io::Error),
-    #[error("cannot map {size} of guest memory at guest address {gpa:#x}", size = readable(.0.size), gpa = .0.gpa)]
-    Map(RamRegion, #[source] io::Error),
-    #[error("guest memory regions overlap or wrap around at guest address {0:#x}")]
-    BadLayout(u64),
-    #[error("cannot take all of {size} of guest memory from the host (prefault=on)", size = readable(*.0))]
-    Prefault(u64, #[source] io::Error),
-    #[error("cannot clear guest memory")]
-    Clear(#[source] io::Error),
-    #[error("cannot read {0}")]
-    HostFigures(String, #[source] io::Error),
+#[derive(Debug, Clone)]
+pub struct RamOptions {
+    pub backing: Backing,
+    /// Bytes, for [`Backing::Hugetlbfs`]; the host's default size, or the mount's, if absent.
+    pub page_size: Option<u64>,
+    /// A mounted hugetlbfs to make the file in.
+    pub mem_path: Option<PathBuf>,
+    /// For [`Backing::Memfd`]; as [`Thp::Advise`] if absent, but nothing is said where the host gives none.
+    pub thp: Option<Thp>,
+    /// Take every page from the host at the start, in huge pages where it has them.
+    pub prefault: bool,
+    /// How many threads do that; as many as are of use if absent.
+    pub prefault_threads: Option<usize>,
+    /// NUMA nodes of the host that all pages come from; anywhere if empty.
+    pub host_nodes: Vec<usize>,
+    /// Whether it is in core dumps.
+    pub dump: bool,
+}
+
+impl Default for RamOptions {
+    fn default() -> Self {
+        Self {
+            backing: Backing::Memfd,
+            page_size: None,
+            mem_path: None,
+            thp: None,
+            prefault: false,
+            prefault_threads: None,
+            host_nodes: Vec::new(),
+            dump: true,
+        }
+    }
 }
 
 /// All of a machine's RAM, mapped.
@@ -114,30 +123,65 @@ pub struct GuestRam {
     memory: GuestMemory,
     file: Arc<File>,
     size: u64,
+    page_size: u64,
     backing: Backing,
+    thp: Option<Thp>,
+    /// Whether no page may be missing once the machine runs.
     prefault: bool,
+    prefault_threads: Option<usize>,
 }
 
 impl GuestRam {
-    /// Creates the file and maps `regions` of it. Nothing is taken from the host yet, except with `prefault` and that
-    /// huge pages are reserved.
+    /// Creates the file and maps `regions` of it. Nothing is taken from the host yet, except that huge pages are reserved.
     pub fn new(options: &RamOptions, regions: &[RamRegion]) -> Result<Self, MemoryError> {
         let size = file_size(regions)?;
         let host = memory_total()?;
         if size > host {
             return Err(MemoryError::MoreThanHost(size, host));
         }
-        let (file, page_size) = match options.backing {
-            Backing::Memfd => (memfd(size)?, PAGE),
-            Backing::Hugetlbfs => hugetlb(size, options.page_size)?,
-        };
-        let file = Arc::new(File::from(file));
-        let memory = map(&file, regions, page_size, options.backing)?;
-        let ram = Self { memory, file, size, backing: options.backing, prefault: options.prefault };
-        if options.prefault {
-            ram.prefault()?;
+        let nodes = Nodes::new(&options.host_nodes)?;
+        if options.backing == Backing::Memfd {
+            SharedHugePages::of_host().check(options.thp, options.prefault)?;
+            nodes.as_ref().map_or(Ok(()), |nodes| nodes.require_memory(size))?;
+        }
+        let RamFile { fd, page_size } = RamFile::create(options, size, nodes.as_ref())?;
+        let file = Arc::new(File::from(fd));
+        let flags = map_flags(options.backing);
+        let manner = Manner { page_size, flags, thp: options.thp, dump: options.dump };
+        let memory = map(&file, regions, manner)?;
+        // The pool promises pages, but not which: a node without one would be a SIGBUS in the middle of the guest's life.
+        let prefault = options.prefault || nodes.is_some() && options.backing == Backing::Hugetlbfs;
+        let (backing, thp, prefault_threads) = (options.backing, options.thp, options.prefault_threads);
+        let ram = Self { memory, file, size, page_size, backing, thp, prefault, prefault_threads };
+        if let Some(nodes) = nodes {
+            let bind = |region: MappedRegion| mapping::bind(region.host_address, region.size, &nodes.mask());
+            let bound = ram.regions().try_for_each(bind);
+            bound.map_err(|error| MemoryError::Bind(nodes.to_string(), error))?;
         }
         Ok(ram)
+    }
+
+    /// Takes every page from the host, if that was asked for. A break where `watch` broke it off.
+    pub fn prefault(&self, watch: Watch<'_>) -> Result<ControlFlow<()>, MemoryError> {
+        if !self.prefault {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let regions: Vec<_> = self.regions().collect();
+        let collapse = self.backing == Backing::Memfd && self.thp != Some(Thp::Never);
+        let taking = Taking { page_size: self.page_size, collapse, threads: self.prefault_threads };
+        let taken = prefault::take(&regions, taking, watch)
+            .map_err(|error| MemoryError::Prefault(self.size, error))?;
+        if taken.stopped {
+            return Ok(ControlFlow::Break(()));
+        }
+        if self.thp == Some(Thp::Always) && taken.small > 0 {
+            tracing::warn!(
+                "thp=always: {} of {} of guest memory are in small pages, for the host finds no huge ones; before the next start: echo 1 > /proc/sys/vm/compact_memory",
+                error::readable(taken.small),
+                error::readable(self.size)
+            );
+        }
+        Ok(ControlFlow::Continue(()))
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -171,7 +215,7 @@ impl GuestRam {
             // the file anew reserves what is missing; the reservation stays with the file.
             mapping::reserve(&self.file, self.size).map_err(MemoryError::Clear)?;
         }
-        if self.prefault { self.prefault() } else { Ok(()) }
+        self.prefault(&mut |_| ControlFlow::Continue(())).map(|_| ())
     }
 
     fn punch(&self) -> rustix::io::Result<()> {
@@ -184,23 +228,16 @@ impl GuestRam {
     /// A small page costs an exit each when the guest first touches it. An anonymous mapping would get huge pages by
     /// itself; for a shared file most hosts have that off (transparent_hugepage/shmem_enabled), so it is asked for.
     pub fn take_huge_pages(&self, range: Range<u64>) {
-        if self.backing == Backing::Hugetlbfs {
+        if self.backing == Backing::Hugetlbfs || self.thp == Some(Thp::Never) {
             return;
         }
         for region in self.regions() {
             let start = range.start.max(region.gpa);
             let end = range.end.min(region.gpa + region.size);
             if start < end {
-                mapping::collapse(&region, start - region.gpa..end - region.gpa);
+                prefault::collapse(&region, start - region.gpa..end - region.gpa);
             }
         }
-    }
-
-    fn prefault(&self) -> Result<(), MemoryError> {
-        self.take_huge_pages(0..u64::MAX);
-        self.regions()
-            .try_for_each(|region| mapping::populate(&region))
-            .map_err(|error| MemoryError::Prefault(self.size, error))
     }
 }
 
@@ -224,47 +261,10 @@ fn file_size(regions: &[RamRegion]) -> Result<u64, MemoryError> {
     if end == 0 { Err(MemoryError::Empty) } else { Ok(end) }
 }
 
-fn memfd(size: u64) -> Result<OwnedFd, MemoryError> {
-    let create = || -> rustix::io::Result<OwnedFd> {
-        let fd = memfd_create("cleave-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        ftruncate(&fd, size)?;
-        // Holes may still be punched: that is how pages are given back.
-        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(fd)
-    };
-    create().map_err(|error| MemoryError::Create(size, error.into()))
-}
-
-/// The file and its page size.
-fn hugetlb(size: u64, page_size: Option<u64>) -> Result<(OwnedFd, u64), MemoryError> {
-    let pages = HugePages::of(page_size)?;
-    if !size.is_multiple_of(pages.size) {
-        return Err(MemoryError::NotWholePages(size, pages.size));
-    }
-    pages.require(size / pages.size)?;
-    let create = || -> rustix::io::Result<OwnedFd> {
-        // The page size goes into the flags as its binary logarithm (memfd_create(2), MFD_HUGE_SHIFT).
-        let log2 = MemfdFlags::from_bits_retain(pages.size.trailing_zeros() << 26);
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | log2;
-        let fd = memfd_create("cleave-ram", flags)?;
-        ftruncate(&fd, size)?;
-        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(fd)
-    };
-    let fd = create().map_err(|error| MemoryError::Create(size, error.into()))?;
-    Ok((fd, pages.size))
-}
-
-fn map(
-    file: &Arc<File>,
-    regions: &[RamRegion],
-    page_size: u64,
-    backing: Backing,
-) -> Result<GuestMemory, MemoryError> {
+fn map(file: &Arc<File>, regions: &[RamRegion], manner: Manner) -> Result<GuestMemory, MemoryError> {
     let mut mapped = Vec::with_capacity(regions.len());
     for region in regions {
-        let mapping = mapping::map(file, region, page_size, map_flags(backing))
-            .map_err(|error| MemoryError::Map(*region, error))?;
+        let mapping = mapping::map(file, region, manner).map_err(|error| MemoryError::Map(*region, error))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(region.gpa))
             .ok_or(MemoryError::BadLayout(region.gpa))?;
         mapped.push(region);
@@ -273,19 +273,18 @@ fn map(
     GuestMemory::from_regions(mapped).map_err(|_| MemoryError::BadLayout(first))
 }
 
+/// Has this process and the daemons it starts later do without transparent huge pages: `thp=never` for whoever touches a
+/// page first. Daemons that someone else runs are beyond it.
+pub fn forbid_huge_pages() {
+    if let Err(error) = mapping::forbid_huge_pages() {
+        tracing::warn!("thp=never: daemons may still touch guest memory in huge pages: {error}");
+    }
+}
+
 fn map_flags(backing: Backing) -> MapFlags {
     match backing {
         Backing::Memfd => MapFlags::SHARED | MapFlags::NORESERVE,
         // Without a reservation an empty pool shows as SIGBUS in the middle of the guest's life, not here.
         Backing::Hugetlbfs => MapFlags::SHARED,
-    }
-}
-
-/// A size for a person: exact in the largest unit that leaves no more than a few digits.
-fn readable(bytes: u64) -> String {
-    if bytes.trailing_zeros() >= 20 || bytes < (10 << 20) {
-        ByteSize(bytes).to_string()
-    } else {
-        format!("{}M", bytes >> 20)
     }
 }

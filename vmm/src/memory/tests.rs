@@ -7,7 +7,7 @@ use super::*;
 const MIB: u64 = 1 << 20;
 
 fn options(backing: Backing) -> RamOptions {
-    RamOptions { backing, page_size: None, prefault: false }
+    RamOptions { backing, ..RamOptions::default() }
 }
 
 fn split() -> [RamRegion; 2] {
@@ -47,9 +47,79 @@ fn clearing_zeroes_and_gives_back() {
 
 #[test]
 fn prefault_takes_every_page() {
-    let options = RamOptions { prefault: true, ..options(Backing::Memfd) };
+    let options = RamOptions { prefault: true, prefault_threads: Some(1), ..options(Backing::Memfd) };
     let ram = GuestRam::new(&options, &split()).unwrap();
-    assert_eq!(rustix::fs::fstat(ram.file()).unwrap().st_blocks as u64 * 512, 3 * MIB);
+    let taken = || rustix::fs::fstat(ram.file()).unwrap().st_blocks as u64 * 512;
+    let mut last = 0;
+    let mut watch = |progress: Progress| {
+        assert_eq!(progress.total, 3 * MIB);
+        last = progress.done;
+        ControlFlow::Continue(())
+    };
+    assert_eq!(taken(), 0);
+    assert_eq!(ram.prefault(&mut watch).unwrap(), ControlFlow::Continue(()));
+    assert_eq!(taken(), 3 * MIB);
+    assert!(last > 0);
+    ram.clear().unwrap();
+    assert_eq!(taken(), 3 * MIB, "a reset machine has all of it again");
+}
+
+#[test]
+fn prefault_can_be_broken_off() {
+    let region = RamRegion { gpa: 0, size: 64 * MIB, file_offset: 0 };
+    let options = RamOptions { prefault: true, prefault_threads: Some(1), ..options(Backing::Memfd) };
+    let ram = GuestRam::new(&options, &[region]).unwrap();
+    let mut heard = 0;
+    let flow = ram.prefault(&mut |_| {
+        heard += 1;
+        ControlFlow::Break(())
+    });
+    assert_eq!((flow.unwrap(), heard), (ControlFlow::Break(()), 1));
+    assert!((rustix::fs::fstat(ram.file()).unwrap().st_blocks as u64 * 512) < 64 * MIB);
+}
+
+/// The flags of the mapping that begins at `address` (proc_pid_smaps(5), VmFlags).
+fn flags_of(address: u64) -> Vec<String> {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let begin = format!("{address:x}-");
+    let lines = smaps.lines().skip_while(|line| !line.starts_with(&begin));
+    let flags = lines.map_while(Some).find_map(|line| line.strip_prefix("VmFlags:"));
+    flags.unwrap().split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn a_mapping_is_dumped_and_in_huge_pages_as_asked() {
+    for (thp, dump, has, has_not) in [
+        (None, true, "hg", "dd"),
+        (Some(Thp::Advise), true, "hg", "dd"),
+        (Some(Thp::Never), true, "nh", "dd"),
+        (None, false, "dd", "nh"),
+    ] {
+        let options = RamOptions { thp, dump, ..options(Backing::Memfd) };
+        let ram = GuestRam::new(&options, &split()).unwrap();
+        for region in ram.regions() {
+            let flags = flags_of(region.host_address);
+            assert!(flags.iter().any(|flag| flag == has), "{thp:?}, dump {dump}: {flags:?}");
+            assert!(!flags.iter().any(|flag| flag == has_not), "{thp:?}, dump {dump}: {flags:?}");
+        }
+    }
+}
+
+#[test]
+fn memory_is_bound_to_a_node_for_whoever_touches_it() {
+    let options = RamOptions { host_nodes: vec![0], ..options(Backing::Memfd) };
+    let ram = match GuestRam::new(&options, &split()) {
+        Err(MemoryError::NoNuma) => return,
+        ram => ram.unwrap(),
+    };
+    ram.memory().write_obj(1_u8, GuestAddress(0)).unwrap();
+    let address = ram.regions().next().unwrap().host_address;
+    let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap();
+    let line = maps.lines().find(|line| line.starts_with(&format!("{address:08x} bind:0 "))).unwrap();
+    assert!(line.contains(" N0="), "{line}");
+    let options = RamOptions { host_nodes: vec![0, 900], ..options };
+    let error = GuestRam::new(&options, &split()).unwrap_err().to_string();
+    assert!(error.starts_with("host-node=900: this process may use memory of "), "{error}");
 }
 
 #[test]

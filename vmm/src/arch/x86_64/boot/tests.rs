@@ -1,13 +1,12 @@
 use std::io::Write;
 
 use super::*;
-use crate::memory::{Backing, GuestRam, RamOptions, RamRegion};
+use crate::memory::{GuestRam, RamOptions, RamRegion};
 
 const MIB: u64 = 1 << 20;
 
 fn ram(size: u64) -> GuestRam {
-    let options = RamOptions { backing: Backing::Memfd, page_size: None, prefault: false };
-    GuestRam::new(&options, &[RamRegion { gpa: 0, size, file_offset: 0 }]).unwrap()
+    GuestRam::new(&RamOptions::default(), &[RamRegion { gpa: 0, size, file_offset: 0 }]).unwrap()
 }
 
 fn file(path: &str, bytes: &[u8]) -> BootFile {
