@@ -4,6 +4,7 @@
 //! other. Arguments are those of any Rust test: a filter, `--list`, `--exact`, `--skip`.
 
 mod boots;
+mod control;
 mod daemons;
 mod debian;
 mod disks;
@@ -41,6 +42,7 @@ const GROUPS: &[&str] = &[
     "survival::",
     "debian::",
     "network::",
+    "control::",
     "boots::",
     "daemons::",
     "faults::",
@@ -65,6 +67,7 @@ fn cases() -> Vec<Case> {
         refusals::CASES,
         survival::CASES,
         network::CASES,
+        control::CASES,
     ]
     .concat()
 }
@@ -119,6 +122,7 @@ fn in_the_lab() -> Result<i32> {
     Kernel::of_guests(&cache)?.vmlinux(&cache)?;
     guest::initramfs(&cache)?;
     peers::rng_daemon(&cache)?;
+    peers::qmp_client(&cache)?;
     let debian = Debian::open(&cache)?;
     let this = std::env::current_exe()
         .map_err(|source| Error::Io { what: "find this program".to_owned(), source })?;
