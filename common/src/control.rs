@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Programs that speak QMP work with it (QEMU's docs/interop/qmp-spec); a command may come before `qmp_capabilities`, so
-//! that a line from a shell works as well. Descriptors travel with the first byte of a request (SCM_RIGHTS): a confined
+//! that a line from a shell works as well. Of a request the object's end is enough, without a line's. Descriptors travel with the first byte of a request (SCM_RIGHTS): a confined
 //! daemon cannot open a file, but it can be given one.
 
 mod client;

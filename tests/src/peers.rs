@@ -15,6 +15,7 @@ use cleave_common::vhost_user::{Channel, Config, FrontendRequest, Message, Vring
 use crate::cache::{self, Cache};
 use crate::error::{Context, Result, run};
 
+const QMP_CLIENT: &str = "qemu.qmp==0.0.6";
 const RNG_DAEMON: &str = "vhost-device-rng@0.1.0";
 
 /// The program of the published crate vhost-device-rng, a random number generator in a daemon.
@@ -29,6 +30,24 @@ pub fn rng_daemon(cache: &Cache) -> Result<PathBuf> {
         std::fs::remove_dir_all(place.join("build")).context(|| "remove the build of vhost-device-rng")
     })?;
     Ok(place.join("bin/vhost-device-rng"))
+}
+
+/// The Python client for QMP that QEMU publishes: what PYTHONPATH has to name.
+pub fn qmp_client(cache: &Cache) -> Result<PathBuf> {
+    cache.entry("qemu-qmp", &cache::key(&[QMP_CLIENT, "1"]), |place| {
+        eprintln!("lab: fetching {QMP_CLIENT}");
+        let mut command = Command::new("/usr/bin/python3");
+        command.args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            QMP_CLIENT,
+        ]);
+        run(command.arg("--target").arg(place), "python3 python3-pip").map(|_| ())
+    })
 }
 
 /// What a daemon does wrong.

@@ -5,6 +5,7 @@ mod bus;
 mod check;
 mod cli;
 mod config;
+mod control;
 mod daemon;
 mod kvm;
 mod legacy;

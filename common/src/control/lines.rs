@@ -39,11 +39,49 @@ impl From<Errno> for LineError {
     }
 }
 
-/// One line, without its end.
+/// One message.
 #[derive(Debug)]
 pub struct Line {
     pub bytes: Vec<u8>,
     pub fds: Vec<OwnedFd>,
+}
+
+/// Finds where a message ends: an object where it closes, for clients that send no line's end after it, and anything else at
+/// the line's end.
+#[derive(Debug, Clone, Default)]
+struct Scan {
+    /// Bytes looked at.
+    at: usize,
+    /// Objects and lists that are open.
+    depth: usize,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl Scan {
+    /// How many of `bytes` are the first message, if it is whole.
+    fn end(&mut self, bytes: &[u8]) -> Option<usize> {
+        for byte in &bytes[self.at..] {
+            self.at += 1;
+            match byte {
+                // No text goes over a line's end in JSON.
+                b'\n' if self.depth == 0 || self.in_string => return Some(self.at),
+                _ if std::mem::take(&mut self.escaped) => {}
+                b'\\' if self.in_string => self.escaped = true,
+                b'"' => self.in_string = !self.in_string,
+                _ if self.in_string => {}
+                b'{' | b'[' => self.depth += 1,
+                b'}' | b']' => {
+                    self.depth = self.depth.saturating_sub(1);
+                    if self.depth == 0 {
+                        return Some(self.at);
+                    }
+                }
+                _ => {}
+            }
+        }
+        None
+    }
 }
 
 /// A connection, by lines.
@@ -51,6 +89,7 @@ pub struct Line {
 pub struct Lines {
     stream: OwnedFd,
     received: Vec<u8>,
+    scan: Scan,
     fds: Vec<OwnedFd>,
     unsent: Vec<u8>,
     ended: bool,
@@ -62,6 +101,7 @@ impl Lines {
         Self {
             stream: stream.into(),
             received: Vec::new(),
+            scan: Scan::default(),
             fds: Vec::new(),
             unsent: Vec::new(),
             ended: false,
@@ -75,10 +115,10 @@ impl Lines {
     /// What comes is no line, or does not come any more.
     pub fn take(&mut self) -> Result<Option<Line>, LineError> {
         loop {
-            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
-                let mut bytes: Vec<u8> = self.received.drain(..=end).collect();
-                bytes.truncate(bytes.trim_ascii_end().len());
-                if bytes.is_empty() {
+            if let Some(end) = self.scan.end(&self.received) {
+                let bytes: Vec<u8> = self.received.drain(..end).collect();
+                self.scan = Scan::default();
+                if bytes.trim_ascii().is_empty() {
                     continue;
                 }
                 return Ok(Some(Line { bytes, fds: std::mem::take(&mut self.fds) }));
@@ -94,7 +134,7 @@ impl Lines {
 
     /// Whether [`Lines::take`] has one without reading.
     pub fn has_line(&self) -> bool {
-        self.received.contains(&b'\n')
+        self.scan.clone().end(&self.received).is_some()
     }
 
     /// Nothing more comes.
@@ -207,5 +247,45 @@ impl Lines {
 impl AsFd for Lines {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// What `bytes` are taken for, byte by byte.
+    fn messages(bytes: &[u8]) -> Vec<String> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut lines = Lines::new(ours);
+        let mut found = Vec::new();
+        for byte in bytes {
+            theirs.write_all(&[*byte]).unwrap();
+            assert!(!lines.has_line());
+            while let Some(line) = lines.take().unwrap() {
+                found.push(String::from_utf8(line.bytes).unwrap().trim().to_owned());
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn an_object_ends_where_it_closes_and_anything_else_with_its_line() {
+        assert_eq!(messages(br#"{"a": 1}{"b": [{}]}"#), [r#"{"a": 1}"#, r#"{"b": [{}]}"#]);
+        assert_eq!(messages(b"\n {\n\"a\":\n1}\r\n"), ["{\n\"a\":\n1}"]);
+        assert_eq!(messages(br#"{"}": "\"}{"}"#), [r#"{"}": "\"}{"}"#]);
+        assert_eq!(messages(b"GET / HTTP/1.1\nhelp\n"), ["GET / HTTP/1.1", "help"]);
+        assert_eq!(messages(b"{\"a\": \"\n{}"), ["{\"a\": \"", "{}"]);
+    }
+
+    #[test]
+    fn a_message_without_end_is_refused() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut lines = Lines::new(ours);
+        theirs.write_all(&vec![b'['; MAX_LINE + 1]).unwrap();
+        assert!(matches!(lines.take(), Err(LineError::TooLong)));
     }
 }

@@ -4,6 +4,7 @@
 //! other. Arguments are those of any Rust test: a filter, `--list`, `--exact`, `--skip`.
 
 mod boots;
+mod control;
 mod daemons;
 mod debian;
 mod disks;
@@ -43,6 +44,7 @@ const GROUPS: &[&str] = &[
     "debian::",
     "network::",
     "memory::",
+    "control::",
     "boots::",
     "daemons::",
     "faults::",
@@ -68,6 +70,7 @@ fn cases() -> Vec<Case> {
         survival::CASES,
         network::CASES,
         memory::CASES,
+        control::CASES,
     ]
     .concat()
 }
@@ -122,6 +125,7 @@ fn in_the_lab() -> Result<i32> {
     Kernel::of_guests(&cache)?.vmlinux(&cache)?;
     guest::initramfs(&cache)?;
     peers::rng_daemon(&cache)?;
+    peers::qmp_client(&cache)?;
     let debian = Debian::open(&cache)?;
     let swap = blank_disk(&cache)?;
     let this = std::env::current_exe()

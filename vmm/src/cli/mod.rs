@@ -13,7 +13,8 @@ use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
 
 use crate::config::{
-    self, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Settings, UartConfig,
+    self, ControlAddress, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Settings,
+    UartConfig,
 };
 
 /// Bytes of a configuration file: more is no description of a machine.
@@ -168,6 +169,17 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE")]
     uart: Option<UartConfig>,
 
+    /// What the machine is called, to whoever controls it
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+
+    /// Take commands in QMP, QEMU's monitor protocol, on this socket: unix:PATH or tcp:127.0.0.1:PORT; again for more
+    ///
+    /// QEMU's own words (server=on, wait=off) may follow. Whoever may connect may steer the machine: a TCP address that
+    /// other hosts can reach is refused unless exposed=on follows.
+    #[arg(long, value_name = "ADDRESS")]
+    qmp: Vec<ControlAddress>,
+
     /// Let each thread make only the system calls it has a use for [default: on]
     #[arg(long, value_name = "on|off", value_parser = on_or_off)]
     sandbox: Option<bool>,
@@ -203,6 +215,8 @@ impl RunArgs {
             memory: self.memory,
             uart: self.uart,
             sandbox: self.sandbox,
+            name: self.name,
+            qmp: self.qmp,
             disk: self.disk,
             net: self.net,
             device: self.device,

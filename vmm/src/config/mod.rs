@@ -4,6 +4,7 @@
 //! so there is one name for everything. [`Settings::validate`] makes a [`MachineConfig`] of it, in which nothing is
 //! missing and everything that can be judged without touching the host holds.
 
+mod address;
 mod device;
 mod file;
 mod memory;
@@ -17,6 +18,7 @@ use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
+pub use address::ControlAddress;
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig, Thp};
@@ -49,6 +51,9 @@ pub struct Settings {
     pub memory: Option<MemoryConfig>,
     pub uart: Option<UartConfig>,
     pub sandbox: Option<bool>,
+    pub name: Option<String>,
+    #[serde(default)]
+    pub qmp: Vec<ControlAddress>,
     #[serde(default)]
     pub disk: Vec<DiskConfig>,
     #[serde(default)]
@@ -70,6 +75,8 @@ pub struct MachineConfig {
     pub uart: UartConfig,
     /// Whether the process confines itself.
     pub sandbox: bool,
+    pub name: Option<String>,
+    pub qmp: Vec<ControlAddress>,
     pub disks: Vec<DiskConfig>,
     pub nets: Vec<NetDevice>,
     pub devices: Vec<DeviceConfig>,
@@ -107,6 +114,10 @@ pub enum ConfigError {
     Serial { path: PathBuf, serial: String },
     #[error("{option}{path}: {reason}", path = .path.display())]
     Socket { option: &'static str, path: PathBuf, reason: String },
+    #[error(
+        "--name {0:?}: a machine's name is 1 to {MAX_ID_LEN} letters, digits, '-', '_' and '.', and begins with a letter or a digit"
+    )]
+    Name(String),
     #[error("--disk path=: the path is empty")]
     EmptyDiskPath,
     #[error("two devices are named '{0}'; give each its own id=")]
@@ -118,6 +129,7 @@ pub enum ConfigError {
 impl Settings {
     /// These settings with `over` on top: its single values replace ours, its disks and devices come after ours.
     pub fn overridden_by(mut self, over: Self) -> Self {
+        self.qmp.extend(over.qmp);
         self.disk.extend(over.disk);
         self.net.extend(over.net);
         self.device.extend(over.device);
@@ -129,6 +141,8 @@ impl Settings {
             memory: over.memory.or(self.memory),
             uart: over.uart.or(self.uart),
             sandbox: over.sandbox.or(self.sandbox),
+            name: over.name.or(self.name),
+            qmp: self.qmp,
             disk: self.disk,
             net: self.net,
             device: self.device,
@@ -147,6 +161,14 @@ impl Settings {
         if let Some(UartConfig::Unix(path)) = &self.uart {
             check_socket("--uart unix=", path)?;
         }
+        for address in &self.qmp {
+            if let ControlAddress::Unix(path) = address {
+                check_socket("--qmp unix:", path)?;
+            }
+        }
+        if let Some(bad) = self.name.as_ref().filter(|name| !is_name(name)) {
+            return Err(ConfigError::Name(bad.clone()));
+        }
         Ok(MachineConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
@@ -155,6 +177,8 @@ impl Settings {
             memory,
             uart: self.uart.unwrap_or_default(),
             sandbox: self.sandbox.unwrap_or(true),
+            name: self.name,
+            qmp: self.qmp,
             disks: self.disk,
             nets,
             devices: self.device,

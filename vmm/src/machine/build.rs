@@ -8,12 +8,14 @@ use super::connect::{check_sockets, connect_all, start_daemons};
 use super::event::{Event, EventQueue, EventSender, SlotIndex};
 use super::firmware;
 use super::health::HealthTable;
+use super::operate::Operator;
 use super::ram;
 use super::signals::Signals;
 use super::{Machine, Phase};
 use crate::arch::x86_64::{cpuid, msr};
 use crate::bus;
-use crate::config::{MachineConfig, UartConfig};
+use crate::config::{ControlAddress, MachineConfig, UartConfig};
+use crate::control::{Control, ControlSocket};
 use crate::kvm::irq::{Gsi, Routes};
 use crate::kvm::vcpu::{VcpuConfig, VcpuHandle};
 use crate::kvm::{Kvm, Vm};
@@ -22,6 +24,7 @@ use crate::legacy::power::{self, KeyboardReset, PowerPorts};
 use crate::legacy::uart::{self, Uart};
 use crate::pci::Root;
 use crate::plan::{self, MachinePlan};
+use crate::sandbox;
 use crate::vhost::{MemoryTable, Negotiated};
 use crate::virtio::{Device, Parts};
 use cleave_common::exit::Failure;
@@ -40,6 +43,8 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let mut signals = Signals::catch().map_err(Failure::host)?;
     let line = Line::open(&config.uart, queue.wake()).map_err(Failure::usage)?;
 
+    let sockets = control_sockets(config)?;
+
     let kvm = Kvm::open().map_err(Failure::host)?;
     let Some(ram) = ram::take(&config.memory, &plan.ram, &mut signals)? else { return Ok(None) };
     let vm = Vm::new(&kvm, Arc::new(ram)).map_err(Failure::host)?;
@@ -55,7 +60,9 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
     let uart = build_uart(config, &routes, &buses, &line, &queue)?;
     let power_button = add_power(&routes, &buses, &queue.sender())?;
     let vcpus = build_vcpus(config.cpus, &kvm, &vm, Arc::new(buses), &queue.sender())?;
+    let control = start_control(sockets, &queue.sender())?;
     Ok(Some(Machine {
+        operator: Operator::new(control, config.name.clone()),
         phase: Phase::Running,
         queue,
         signals,
@@ -71,6 +78,24 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
         boot,
         daemons,
     }))
+}
+
+fn control_sockets(config: &MachineConfig) -> Result<Vec<ControlSocket>, Failure> {
+    let open = |address: &ControlAddress| match address {
+        ControlAddress::Unix(path) => ControlSocket::unix(path),
+        ControlAddress::Tcp(address) => ControlSocket::tcp(*address),
+    };
+    config.qmp.iter().map(open).collect::<Result<_, _>>().map_err(Failure::host)
+}
+
+fn start_control(sockets: Vec<ControlSocket>, events: &EventSender) -> Result<Option<Control>, Failure> {
+    if sockets.is_empty() {
+        return Ok(None);
+    }
+    let events = events.clone();
+    let confine = || sandbox::confine_thread(sandbox::Thread::Control);
+    let control = Control::start(sockets, confine, move |asked| events.send(Event::Asked(asked)));
+    control.map(Some).map_err(Failure::host)
 }
 
 /// A device has two descriptors a queue and a few more: the soft limit of a login session is soon too low.

@@ -10,6 +10,7 @@ use super::Machine;
 use super::event::{Event, SlotIndex};
 use super::health::{DeviceState, span};
 use super::supervise::{Ended, Started, Stillborn};
+use crate::control::Notice;
 use crate::daemon::{Daemon, DaemonError, Decision};
 use crate::virtio::DeviceEvent;
 
@@ -26,6 +27,7 @@ impl Machine {
             }
             DeviceEvent::Lost { serial, reason } => {
                 tracing::warn!("device {name} is lost: {reason}; the machine goes on");
+                self.operator.notify(Notice::DeviceLost { device: name, reason: reason.clone() });
                 device.has_daemon = false;
                 // Why it failed says more than what followed from it, and so does how its daemon ended.
                 if device.state != DeviceState::Failed && !device.has_ended(serial) {
@@ -35,6 +37,7 @@ impl Machine {
                 self.daemons.force(slot, serial);
             }
             DeviceEvent::Reconnected { after, replayed } => {
+                let downtime_ms = after.as_millis() as u64;
                 let after = span(after);
                 tracing::warn!("device {name} is back after {after}; {}", submitted_again(replayed));
                 device.replayed += replayed;
@@ -42,6 +45,7 @@ impl Machine {
                 if !device.needs_reset {
                     device.enter(DeviceState::Connected);
                 }
+                self.operator.notify(Notice::DeviceRecovered { device: name, downtime_ms, replayed });
             }
             DeviceEvent::AttemptFailed { serial, reason, absent } => {
                 if absent {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::bus;
+use crate::control::Asked;
 use crate::daemon::{Daemon, DaemonError};
 use crate::kvm::vcpu::VcpuEvent;
 use crate::legacy::power::PowerRequest;
@@ -39,6 +40,8 @@ pub enum Event {
     },
     /// What the guest asked for at a power or reset port.
     Power(PowerRequest),
+    /// What whoever controls the machine wants of it.
+    Asked(Asked),
     /// Every device is back in the state after power-on.
     DevicesReset,
 }

@@ -150,6 +150,17 @@ impl HealthTable {
         Self(slots.iter().map(Health::new).collect())
     }
 
+    /// By slot.
+    pub fn iter(&self) -> impl Iterator<Item = &Health> {
+        self.0.iter()
+    }
+
+    /// The device of this name.
+    pub fn find(&self, name: &str) -> Option<(SlotIndex, &Health)> {
+        let mut devices = self.0.iter().enumerate().map(|(at, health)| (SlotIndex(at), health));
+        devices.find(|(_, health)| health.name == name)
+    }
+
     /// # Panics
     /// If the slot is not of the plan that this was made for.
     pub fn device(&mut self, slot: SlotIndex) -> &mut Health {

@@ -2,12 +2,13 @@
 //! it an [`Event`].
 //!
 //! ```text
-//!                all daemons answer             guest resets            vCPUs parked
-//!   Connecting ───────────────────> Running ─────────────────> Parking ────────────> Resetting
-//!       │                           │  ^                                                │ devices reset
-//!       │                           │  └─────────────────────────────────────── Draining
-//!       │ a daemon cannot be had    │ power off, quit, fault       killed daemons gone, guest loaded again
-//!       └───────────> Ended <───────┘ (and from Parking, Resetting and Draining)
+//!                                      ┌──── Held <─── vCPUs parked ──┐
+//!                all daemons answer    v cont         stop or reset     │  vCPUs parked, for a reset
+//!   Connecting ───────────────────> Running ─────────────────────> Parking ──────────────────> Resetting
+//!       │                           │  ^                                                         │ devices reset
+//!       │                           │  └──────────────────────────────────────────────── Draining
+//!       │ a daemon cannot be had    │ power off, quit, fault        killed daemons gone, guest loaded again
+//!       └───────────> Ended <───────┘ (and from all others)        (to Held, if stop was said)
 //! ```
 //!
 //! Invariants: a vCPU runs only in Running; guest memory is written only while no vCPU and no daemon uses it
@@ -20,6 +21,7 @@ mod devices;
 mod event;
 mod firmware;
 mod health;
+mod operate;
 mod ram;
 mod signals;
 mod supervise;
@@ -35,11 +37,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 pub use build::build;
 use event::{Event, EventQueue};
 use health::HealthTable;
+use operate::Operator;
 use signals::{Request, Signals};
 use supervise::Supervisor;
 
 use crate::arch::x86_64::boot::Boot;
 use crate::bus;
+use crate::control::Notice;
 use crate::daemon::{self, KILL_LIMIT};
 use crate::kvm::Vm;
 use crate::kvm::vcpu::{VcpuEvent, VcpuHandle};
@@ -61,10 +65,13 @@ const DAEMON_GRACE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 enum Phase {
     Running,
-    /// The guest asked for a reset; these vCPUs have not parked yet.
+    /// The vCPUs are to park; these have not yet.
     Parking {
         running: Vec<usize>,
+        then: Then,
     },
+    /// They are parked until somebody lets them go on.
+    Held,
     /// The devices are on their way back to power-on.
     Resetting,
     /// They are there; a daemon that was killed may still write to guest memory until it is gone, or we give up on that.
@@ -73,11 +80,19 @@ enum Phase {
     },
 }
 
+/// What vCPUs park for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Hold,
+    Reset,
+}
+
 /// Why a machine ended, where nothing went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
     PowerOff,
-    Quit,
+    /// Somebody outside wanted it, for this reason.
+    Quit(&'static str),
 }
 
 /// A machine whose daemons have all been reached.
@@ -98,6 +113,7 @@ pub struct Machine {
     line: Line,
     power_button: Arc<bus::Event>,
     boot: Boot,
+    operator: Operator,
     /// Last, so that the sessions with them have ended.
     daemons: Supervisor,
 }
@@ -107,6 +123,14 @@ impl Machine {
     pub fn run(mut self) -> Result<Ending, Failure> {
         self.line.take_terminal();
         let result = self.power_on(false).and_then(|()| self.work());
+        self.operator.notify(match &result {
+            Ok(Ending::PowerOff) => Notice::Shutdown { guest: true, reason: "guest-shutdown" },
+            Ok(Ending::Quit(reason)) => Notice::Shutdown { guest: false, reason },
+            Err(failure) if failure.code == ExitCode::GuestFault => {
+                Notice::Shutdown { guest: true, reason: "guest-panic" }
+            }
+            Err(_) => Notice::Shutdown { guest: false, reason: "host-error" },
+        });
         self.shut_down();
         result
     }
@@ -162,6 +186,7 @@ impl Machine {
             Event::Vcpu { index, event } => return self.handle_vcpu(index, event),
             Event::Power(PowerRequest::PowerOff) => return Ok(Some(Ending::PowerOff)),
             Event::Power(PowerRequest::Reset) => self.reset(),
+            Event::Asked(asked) => return Ok(self.obey(asked)),
             Event::DevicesReset => {
                 if matches!(self.phase, Phase::Resetting) {
                     self.phase = Phase::Draining { until: Instant::now() + KILL_LIMIT };
@@ -189,23 +214,52 @@ impl Machine {
         Ok(None)
     }
 
-    /// Running -> Parking. A guest that asks again meanwhile has asked once.
     fn reset(&mut self) {
-        if matches!(self.phase, Phase::Running) {
-            tracing::info!("the guest resets");
-            self.vcpus.iter().for_each(VcpuHandle::park);
-            self.phase = Phase::Parking { running: (0..self.vcpus.len()).collect() };
+        self.reset_by(Notice::Reset { guest: true, reason: "guest-reset" });
+    }
+
+    /// Running or Held -> Parking. Whoever asks again meanwhile has asked once.
+    fn reset_by(&mut self, notice: Notice) {
+        match &mut self.phase {
+            Phase::Running | Phase::Held => self.park(Then::Reset),
+            Phase::Parking { then: then @ Then::Hold, .. } => *then = Then::Reset,
+            Phase::Parking { .. } | Phase::Resetting | Phase::Draining { .. } => return,
+        }
+        tracing::info!("the guest is reset");
+        self.operator.notify(notice);
+    }
+
+    /// Every vCPU answers, one that is parked already too.
+    fn park(&mut self, then: Then) {
+        self.vcpus.iter().for_each(VcpuHandle::park);
+        self.phase = Phase::Parking { running: (0..self.vcpus.len()).collect(), then };
+    }
+
+    /// Parking -> Held or Resetting, with the last vCPU.
+    fn parked(&mut self, index: usize) {
+        let Phase::Parking { running, then } = &mut self.phase else { return };
+        running.retain(|other| *other != index);
+        if !running.is_empty() {
+            return;
+        }
+        match then {
+            Then::Hold => self.go_on(true),
+            Then::Reset => {
+                self.phase = Phase::Resetting;
+                let events = self.queue.sender();
+                self.root.reset(move || events.send(Event::DevicesReset));
+            }
         }
     }
 
-    /// Parking -> Resetting, with the last vCPU.
-    fn parked(&mut self, index: usize) {
-        let Phase::Parking { running } = &mut self.phase else { return };
-        running.retain(|other| *other != index);
-        if running.is_empty() {
-            self.phase = Phase::Resetting;
-            let events = self.queue.sender();
-            self.root.reset(move || events.send(Event::DevicesReset));
+    /// To Running, or to Held if that is wanted: `ran` says whether the guest ran until now.
+    fn go_on(&mut self, ran: bool) {
+        if self.operator.is_held() {
+            self.phase = Phase::Held;
+            self.operator.paused(ran);
+        } else {
+            self.vcpus.iter().for_each(VcpuHandle::run);
+            self.phase = Phase::Running;
         }
     }
 
@@ -231,11 +285,8 @@ impl Machine {
             self.uart.reset();
         }
         let mut entry = Some(self.boot.load(self.vm.ram()).map_err(Failure::usage)?);
-        for vcpu in &self.vcpus {
-            vcpu.reset(entry.take());
-            vcpu.run();
-        }
-        self.phase = Phase::Running;
+        self.vcpus.iter().for_each(|vcpu| vcpu.reset(entry.take()));
+        self.go_on(false);
         Ok(())
     }
 
@@ -257,10 +308,10 @@ impl Machine {
         match request {
             Request::Terminate if !std::mem::replace(&mut self.terminating, true) => {
                 tracing::info!("SIGTERM: pressing the power button; once more stops the machine at once");
-                self.power_button.signal();
+                self.press_power_button();
                 None
             }
-            Request::Terminate | Request::Quit => Some(Ending::Quit),
+            Request::Terminate | Request::Quit => Some(Ending::Quit("host-signal")),
             Request::Report => {
                 logging::print(&self.health.to_string());
                 None
@@ -270,8 +321,8 @@ impl Machine {
 
     fn obey_key(&self, command: Command) -> Option<Ending> {
         match command {
-            Command::Quit => return Some(Ending::Quit),
-            Command::PowerButton => self.power_button.signal(),
+            Command::Quit => return Some(Ending::Quit("host-ui")),
+            Command::PowerButton => self.press_power_button(),
             Command::Help => eprintln!("\n{}", terminal::HELP),
         }
         None

@@ -19,6 +19,7 @@ use std::time::Instant;
 use cleave_common::exit::Failure;
 
 use super::event::{Event, EventSender, SlotIndex};
+use crate::config::Restart;
 use crate::daemon::{self, Daemon, DaemonError, DaemonExit, Decision, Restarts, Spawner};
 use crate::plan::DaemonSpec;
 use crate::vhost::Successor;
@@ -106,6 +107,27 @@ impl Supervisor {
                 daemon.force();
                 *killed = true;
             }
+        }
+    }
+
+    /// Ends the daemon of `slot`, which is started again as one that crashed.
+    ///
+    /// # Errors
+    /// It would not be, or it is on its way already.
+    pub fn restart(&mut self, slot: SlotIndex) -> Result<(), &'static str> {
+        let served =
+            self.0.iter_mut().find(|served| served.slot == slot).ok_or("it has no daemon of ours")?;
+        if served.spec.restart == Restart::Never {
+            return Err("its daemon is not started again (restart=never)");
+        }
+        match &mut served.state {
+            State::Alive { daemon, killed, .. } => {
+                daemon.force();
+                *killed = true;
+                Ok(())
+            }
+            State::Due(_) | State::Starting(_) => Err("its daemon is being started again already"),
+            State::GivenUp => Err("its daemon is not started again (restart-limit= is reached)"),
         }
     }
 
@@ -235,7 +257,6 @@ mod tests {
 
     use super::super::event::EventQueue;
     use super::*;
-    use crate::config::Restart;
 
     const SLOT: SlotIndex = SlotIndex(3);
 

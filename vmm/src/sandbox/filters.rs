@@ -1,6 +1,6 @@
 //! What each kind of thread may call.
 //!
-//! The lists of vCPU and session threads are those of the code, measured with strace under the tests, plus what the
+//! The lists of vCPU, session and control threads are those of the code, measured with strace under the tests, plus what the
 //! allocator, the standard library and a panic may do. A list names no call for "later".
 
 use std::collections::BTreeMap;
@@ -76,6 +76,9 @@ const SESSION: Calls = &[
     libc::SYS_pwrite64,
 ];
 
+/// What the control thread does besides: connections, lines on them, descriptors that come along unasked.
+const CONTROL: Calls = &[libc::SYS_accept4, libc::SYS_recvmsg, libc::SYS_sendto];
+
 /// What neither a VMM nor a daemon has a use for: the way to other processes, to the kernel itself, to the host's mounts,
 /// keys, clock and name.
 const NEVER: Calls = &[
@@ -143,6 +146,8 @@ const VCPU_IOCTLS: &[u64] = &[
     kvm_in::<kvm_irq_routing>(0x6a),
     kvm_in::<kvm_irqfd>(0x76),
     kvm_in::<kvm_ioeventfd>(0x79),
+    // KVM_KVMCLOCK_CTRL
+    kvm(0xad),
     kvm_out::<kvm_regs>(0x81),
     kvm_in::<kvm_regs>(0x82),
     kvm_out::<kvm_sregs>(0x83),
@@ -201,6 +206,13 @@ pub(super) fn session() -> Result<BpfProgram, BackendError> {
     rules.extend(SESSION.iter().map(|call| (*call, Vec::new())));
     rules.insert(libc::SYS_ioctl, one_of(1, SESSION_IOCTLS.iter().chain(TERMINAL_IOCTLS))?);
     rules.insert(libc::SYS_socket, one_of(0, &[libc::AF_UNIX as u64])?);
+    allow(rules)
+}
+
+pub(super) fn control() -> Result<BpfProgram, BackendError> {
+    let mut rules = common()?;
+    rules.extend(CONTROL.iter().map(|call| (*call, Vec::new())));
+    rules.insert(libc::SYS_ioctl, one_of(1, TERMINAL_IOCTLS)?);
     allow(rules)
 }
 

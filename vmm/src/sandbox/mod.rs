@@ -3,12 +3,12 @@
 //! ```text
 //!   start of the process ──confine_process──> main: all but what no VMM needs
 //!                                               │ inherited by every thread and every daemon
-//!                     confine_thread            ├────────> vCPU, session: only what they use
+//!                     confine_thread            ├────────> vCPU, session, control: only what they use
 //!                                               └────────> daemons: they add their own
 //! ```
 //!
-//! Invariants: filters only ever take away; a vCPU's and a session's thread is confined before it sees a byte from the
-//! guest or a daemon; a violation is told in one line and ends the process ([`cleave_common::sandbox`]), and so does a
+//! Invariants: filters only ever take away; a vCPU's, a session's and the control thread is confined before it sees a byte from the
+//! guest, a daemon or a client; a violation is told in one line and ends the process ([`cleave_common::sandbox`]), and so does a
 //! thread that cannot be confined.
 
 mod filters;
@@ -27,6 +27,7 @@ use seccompiler::{BpfProgram, apply_filter};
 pub enum Thread {
     Vcpu,
     Session,
+    Control,
 }
 
 impl Thread {
@@ -34,6 +35,7 @@ impl Thread {
         match self {
             Self::Vcpu => "vCPU",
             Self::Session => "session",
+            Self::Control => "control",
         }
     }
 }
@@ -51,12 +53,18 @@ pub enum SandboxError {
 struct Confinement {
     vcpu: BpfProgram,
     session: BpfProgram,
+    control: BpfProgram,
     before_end: fn(),
 }
 
 impl Confinement {
     fn new(before_end: fn()) -> Result<Self, SandboxError> {
-        Ok(Self { vcpu: filters::vcpu()?, session: filters::session()?, before_end })
+        Ok(Self {
+            vcpu: filters::vcpu()?,
+            session: filters::session()?,
+            control: filters::control()?,
+            before_end,
+        })
     }
 }
 
@@ -84,6 +92,7 @@ pub fn confine_thread(kind: Thread) {
     let filter = match kind {
         Thread::Vcpu => &confinement.vcpu,
         Thread::Session => &confinement.session,
+        Thread::Control => &confinement.control,
     };
     name_thread(kind.name());
     if let Err(error) = apply_filter(filter) {

@@ -39,6 +39,7 @@ fn deeds() {
         "main" => {}
         "vCPU" => confine_thread(Thread::Vcpu),
         "session" => confine_thread(Thread::Session),
+        "control" => confine_thread(Thread::Control),
         other => panic!("no thread is a {other}"),
     }
     let result: io::Result<()> = match deed {
@@ -67,6 +68,8 @@ fn a_violation_is_told_in_one_line_and_ends_the_process() {
         ("vCPU unblocks a pipe", "ioctl (16)"),
         ("session opens a file", "openat (257)"),
         ("session listens on TCP", "socket (41)"),
+        ("control opens a file", "openat (257)"),
+        ("control connects a unix socket", "socket (41)"),
         ("main names the host", "sethostname (170)"),
     ] {
         let Output { status, stderr, .. } = see(deed);

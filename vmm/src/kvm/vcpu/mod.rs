@@ -71,6 +71,7 @@ pub struct VcpuHandle {
     index: usize,
     commands: Sender<Command>,
     pending: Arc<AtomicBool>,
+    thread_id: i32,
     /// Gone once joined.
     thread: Option<JoinHandle<()>>,
 }
@@ -90,14 +91,29 @@ impl VcpuHandle {
         set_msrs(&fd, &config.msrs)?;
         let power_on = ResetState::capture(&fd, vm.msr_indices())?;
         let (commands, queue) = channel();
+        let (tell_id, id) = channel();
         let pending = Arc::new(AtomicBool::new(false));
         let runner = Runner { index, fd, power_on, queue, pending: Arc::clone(&pending), handler, events };
         let thread = Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(256 << 10)
-            .spawn(move || runner.live())
+            .spawn(move || {
+                // Nobody waits for it any more: the machine is not to be.
+                let _ = tell_id.send(rustix::thread::gettid().as_raw_nonzero().get());
+                runner.live();
+            })
             .map_err(KvmError::Thread)?;
-        Ok(Self { index, commands, pending, thread: Some(thread) })
+        let thread_id = id.recv().map_err(|error| KvmError::Thread(io::Error::other(error)))?;
+        Ok(Self { index, commands, pending, thread_id, thread: Some(thread) })
+    }
+
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Its thread's, as the host's kernel numbers it.
+    pub fn thread_id(&self) -> i32 {
+        self.thread_id
     }
 
     /// Parked -> Running.
@@ -232,6 +248,9 @@ impl<H: ExitHandler> Runner<H> {
                 Command::Park => {
                     request.set();
                     let event = exit::settle(&mut self.fd, &*self.handler);
+                    // So that the guest's watchdog does not take the pause for a hang. A guest without the clock has no such
+                    // watchdog.
+                    let _ = self.fd.kvmclock_ctrl();
                     self.tell(event.unwrap_or(VcpuEvent::Parked));
                     return Some(Next::Park);
                 }
