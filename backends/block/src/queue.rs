@@ -13,21 +13,17 @@
 //! drained; what waits for room on a full disk does not hold up a stop.
 
 mod requests;
-mod waiting;
-mod way;
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Complaints, Inbox, Polling, RingError, Stop, Vring};
-use cleave_storage::{Engine, Event, WatchId};
+use cleave_runtime::{Chain, Command, Complaints, Inbox, Polling, RingError, Stop, Vring, Way};
+use cleave_storage::{Engine, Event, Waiting, WatchId};
 use tracing::{error, warn};
 
 use crate::disk::{Disk, OnFull};
 use requests::Pending;
-use waiting::Waiting;
-use way::Way;
 
 /// What a queue's thread waits for beside I/O and the kick.
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +37,7 @@ struct Signals {
 /// Serves vrings of queue `index`, one after the other, until the device is gone.
 pub(crate) fn serve(index: u16, mut engine: Engine, inbox: &Inbox, disk: &Disk) {
     let wake = engine.watch(inbox.wake_fd());
-    let nudge = engine.watch(disk.nudge_fd(index));
+    let nudge = engine.watch(disk.admission.nudges().fd(index));
     let mut polling = Polling::new(disk.poll.max(GLANCE));
     while let Some(command) = inbox.next() {
         if let Command::Start(vring) = command {
@@ -103,7 +99,7 @@ impl<'e> Queue<'e> {
             pending,
             waiting,
             batch: 1,
-            way: Way::new(),
+            way: Way::default(),
             chain: Chain::default(),
             buffers: Vec::new(),
             kicks_wanted: true,
@@ -132,7 +128,7 @@ impl<'e> Queue<'e> {
             }
             let nudged = self.take_events(inbox, signals);
             if nudged || self.waiting.deadline().is_some() {
-                self.waiting.submit_due(Instant::now(), nudged, self.disk, self.engine);
+                self.waiting.submit_due(Instant::now(), nudged, &self.disk.admission, self.engine);
             }
             let signalled = self.vring.signal_used();
             self.check(signalled);
@@ -154,7 +150,7 @@ impl<'e> Queue<'e> {
                         self.stopping = true;
                         let remembered = self.vring.remembers_in_flight();
                         self.leaving = remembered || stop == Stop::SessionOver;
-                        self.waiting.end(remembered, self.leaving, self.disk, self.engine);
+                        self.waiting.end(remembered, self.leaving, &self.disk.admission, self.engine);
                     }
                 }
                 Event::Readable(id) if id == signals.nudge => nudged = true,

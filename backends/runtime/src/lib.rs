@@ -20,6 +20,7 @@ mod shared;
 mod signals;
 mod socket;
 mod vring;
+mod way;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
 pub use complaints::Complaints;
@@ -35,3 +36,4 @@ pub use socket::{Endpoint, Listener, SocketError};
 pub use vring::{
     Chain, ChainError, InflightError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring,
 };
+pub use way::Way;
