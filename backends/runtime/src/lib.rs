@@ -6,6 +6,7 @@
 mod args;
 mod backend_channel;
 mod complaints;
+mod control;
 pub mod cpus;
 mod device;
 mod dirty_log;
@@ -24,6 +25,7 @@ mod way;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
 pub use complaints::Complaints;
+pub use control::{Control, ControlArgs, ControlServer, ControlSocket, CtlArgs, DaemonCommand};
 pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};
 pub use polling::Polling;
