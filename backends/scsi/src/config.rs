@@ -30,7 +30,7 @@ pub(crate) struct LunConfig {
     #[serde(default)]
     pub(crate) product: Option<String>,
     /// A world wide name (NAA), in any of the usual ways to write a number.
-    #[serde(default, deserialize_with = "wwn")]
+    #[serde(default, deserialize_with = "wwn", skip_serializing_if = "Option::is_none")]
     pub(crate) wwn: Option<u64>,
     #[serde(default)]
     pub(crate) on_full: WhenFull,
@@ -47,7 +47,7 @@ pub(crate) struct CdromConfig {
     pub(crate) target: Option<u8>,
     #[serde(default)]
     pub(crate) serial: String,
-    #[serde(default, deserialize_with = "wwn")]
+    #[serde(default, deserialize_with = "wwn", skip_serializing_if = "Option::is_none")]
     pub(crate) wwn: Option<u64>,
 }
 
@@ -234,8 +234,10 @@ mod tests {
 
     #[test]
     fn what_is_kept_reads_as_it_was() {
-        let kind = KindConfig::Disk(Box::new(lun("disk=a,lun=3,serial=S,wwn=7,cache=none").unwrap()));
-        let kept = serde_json::to_string(&kind).unwrap();
-        assert_eq!(serde_json::from_str::<KindConfig>(&kept).unwrap(), kind);
+        for text in ["disk=a,lun=3,serial=S,wwn=7,cache=none", "disk=a"] {
+            let kind = KindConfig::Disk(Box::new(lun(text).unwrap()));
+            let kept = serde_json::to_string(&kind).unwrap();
+            assert_eq!(serde_json::from_str::<KindConfig>(&kept).unwrap(), kind);
+        }
     }
 }

@@ -36,7 +36,7 @@ pub(crate) enum StateFileError {
     InUse(PathBuf),
     #[error("--state {}: this is no state of cleave-scsi's; remove it to start without", .0.display())]
     Foreign(PathBuf),
-    #[error("--state {}: {source}; remove it to start without", path.display())]
+    #[error("--state {}: what is kept there cannot be gone on with; remove it to start without", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
     #[error("--state {}: it is of version {version}, and this program knows version {VERSION}: start it with the newer program", path.display())]
     Version { path: PathBuf, version: u32 },

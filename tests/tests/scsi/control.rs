@@ -36,14 +36,15 @@ fn a_medium_is_changed_and_ejected_and_the_guest_knows() {
     let mut content = pattern(0, 2 * MIB as usize);
     content.splice(.., std::fs::read(other.path()).unwrap());
     assert_eq!(driver.read(CDROM, 700, 4, CD_BLOCK).unwrap().data, content[700 * 2048..704 * 2048]);
-    assert_eq!(scsi.unit("0:2")["path"], path(&other));
+    let whole = std::fs::canonicalize(other.path()).unwrap();
+    assert_eq!(scsi.unit("0:2")["path"], whole.to_str().unwrap());
 
     scsi.ctl(&["eject", "unit=2"]).unwrap();
     assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, CDROM, 0x28));
     assert_eq!(sense_of(&mut driver, CDROM, &TEST_UNIT_READY), Some((2, 0x3a, 2)));
     assert_eq!((&scsi.unit("0:2")["path"], &scsi.unit("0:2")["tray-open"]), (&serde_json::Value::Null, &true.into()));
     // It is not locked any more: the daemon has let go of it.
-    rustix_lock(&other);
+    is_let_go(&other);
 
     scsi.ctl(&["change", "unit=0:2", &format!("path={}", path(&iso))]).unwrap();
     driver.event().unwrap();
@@ -56,8 +57,8 @@ fn a_medium_is_changed_and_ejected_and_the_guest_knows() {
     assert!(refused.contains("/nowhere"), "{refused}");
 }
 
-/// Whoever wants to write the file can: nobody has it locked.
-fn rustix_lock(file: &tempfile::NamedTempFile) {
+/// Somebody else can have the file, to write it: nobody has it locked any more.
+fn is_let_go(file: &tempfile::NamedTempFile) {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     loop {
         let scsi = cleave_tests::driver::Daemon::start("cleave-scsi", &["--lun", &format!("disk={}", path(file))]);
@@ -101,7 +102,7 @@ fn a_guest_that_holds_the_tray_is_asked_and_obeyed() {
 #[test]
 fn units_come_and_go() {
     let (image, iso, more) = (disk(MIB), disk(MIB), disk(2 * MIB));
-    let scsi = start_both(&image, &iso, &[]);
+    let scsi = start_both(&image, &iso, &["--num-queues", "2"]);
     let mut driver = driver(&scsi, 2);
     (0..4).for_each(|_| driver.offer_event().unwrap());
     settle(&mut driver, DISK);
@@ -122,7 +123,7 @@ fn units_come_and_go() {
     scsi.ctl(&["remove", "unit=7"]).unwrap();
     assert_eq!(driver.event().unwrap(), (TRANSPORT_RESET, lun(0, 7), 2));
     assert!(!is_there(&mut driver, 7));
-    rustix_lock(&more);
+    is_let_go(&more);
     scsi.ctl(&["add-cdrom", "lun=8"]).unwrap();
     assert_eq!(sense_of(&mut driver, lun(0, 8), &[0x12, 0, 0, 0, 36, 0]), None);
     let refused = scsi.ctl(&["add-disk", &format!("disk={}", path(&more)), "format=qcow2"]).unwrap_err();
