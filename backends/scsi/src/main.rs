@@ -175,8 +175,11 @@ fn units_of(
     cdroms: Vec<CdromConfig>,
     may_come: bool,
 ) -> Result<Vec<UnitConfig>, PlaceError> {
-    let kinds: Vec<KindConfig> =
-        disks.into_iter().map(|disk| KindConfig::Disk(Box::new(disk))).chain(cdroms.into_iter().map(KindConfig::Cdrom)).collect();
+    let kinds: Vec<KindConfig> = disks
+        .into_iter()
+        .map(|disk| KindConfig::Disk(Box::new(disk)))
+        .chain(cdroms.into_iter().map(KindConfig::Cdrom))
+        .collect();
     if kinds.is_empty() && !may_come {
         return Err(PlaceError::Nothing);
     }

@@ -101,8 +101,9 @@ impl ScsiDriver {
         let indirect = negotiated.acked & virtio::RING_INDIRECT_DESC != 0;
         let event_idx = negotiated.acked & virtio::RING_EVENT_IDX != 0;
         let count = REQUESTS + usize::from(requests);
-        let queues =
-            (0..count).map(|_| SplitQueue::new(&mut ram, size, indirect, event_idx)).collect::<Result<_>>()?;
+        let queues = (0..count)
+            .map(|_| SplitQueue::new(&mut ram, size, indirect, event_idx))
+            .collect::<Result<_>>()?;
         let headers = ram.allocate(STRIDE * u64::from(size) * count as u64, 4096);
         let data = ram.allocate(DATA_STRIDE * DATA_AREAS, 4096);
         let events = ram.allocate(u64::from(EVENT_LEN) * u64::from(size), 64);
@@ -156,7 +157,8 @@ impl ScsiDriver {
             chain.push(Buffer::to_write(data, command.data_in));
         }
         self.rooms[at][usize::from(head)] = command.data_in;
-        let added = self.queues[at].add(&self.ram, &chain)?.ok_or(DriverError::Missing("free descriptors"))?;
+        let added =
+            self.queues[at].add(&self.ram, &chain)?.ok_or(DriverError::Missing("free descriptors"))?;
         self.queues[at].kick(&self.ram)?;
         Ok(added)
     }
@@ -267,7 +269,8 @@ impl ScsiDriver {
     /// The next event: its kind, whose it is, its reason.
     pub fn event(&mut self) -> Result<(u32, [u8; 8], u32)> {
         let (head, _) = self.completion(EVENTS)?;
-        let bytes = self.ram.read(self.events + u64::from(EVENT_LEN) * u64::from(head), EVENT_LEN as usize)?;
+        let bytes =
+            self.ram.read(self.events + u64::from(EVENT_LEN) * u64::from(head), EVENT_LEN as usize)?;
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let mut lun = [0; 8];
         lun.copy_from_slice(&bytes[4..12]);

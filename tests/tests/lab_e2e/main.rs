@@ -11,6 +11,7 @@ mod faults;
 mod network;
 mod refusals;
 mod rig;
+mod scsi;
 mod survival;
 mod uarts;
 
@@ -41,6 +42,7 @@ const GROUPS: &[&str] = &[
     "survival::",
     "debian::",
     "network::",
+    "scsi::",
     "boots::",
     "daemons::",
     "faults::",
@@ -65,6 +67,7 @@ fn cases() -> Vec<Case> {
         refusals::CASES,
         survival::CASES,
         network::CASES,
+        scsi::CASES,
     ]
     .concat()
 }

@@ -68,7 +68,9 @@ fn what_goes_through_our_own_memory_is_right() {
         let verify = |byte1: u8, blocks: [u8; 2]| [0x2f, byte1, 0, 0, 0, 0, 0, blocks[0], blocks[1], 0];
         assert!(driver.run(&Command::new(DISK, &verify(0, [2, 88]))).unwrap().is_good());
         let compare = verify(2, [2, 88]);
-        assert!(driver.run(&Command { data_out: &content, ..Command::new(DISK, &compare) }).unwrap().is_good());
+        assert!(
+            driver.run(&Command { data_out: &content, ..Command::new(DISK, &compare) }).unwrap().is_good()
+        );
         let mut other = content.clone();
         other[300_001] ^= 1;
         let answer = driver.run(&Command { data_out: &other, ..Command::new(DISK, &compare) }).unwrap();
@@ -124,9 +126,12 @@ fn many_queues_serve_many_units_at_once() {
     let specs: Vec<String> = images
         .iter()
         .enumerate()
-        .map(|(at, image)| format!("disk={},target={},lun=0,cache=none", image.path().display(), at % 2 * 3 + at / 2))
+        .map(|(at, image)| {
+            format!("disk={},target={},lun=0,cache=none", image.path().display(), at % 2 * 3 + at / 2)
+        })
         .collect();
-    let args: Vec<&str> = specs.iter().flat_map(|spec| ["--lun", spec]).chain(["--num-queues", "3"]).collect();
+    let args: Vec<&str> =
+        specs.iter().flat_map(|spec| ["--lun", spec]).chain(["--num-queues", "3"]).collect();
     let scsi = start(&args);
     let mut driver = driver(&scsi, 3);
     let content = pattern(0, MIB as usize);

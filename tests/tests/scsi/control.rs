@@ -5,7 +5,9 @@ use std::io::Write;
 use cleave_tests::driver::{Command, ScsiDriver, lun};
 
 use super::common::{MIB, disk, disk_in, pattern};
-use super::{BLOCK, CD_BLOCK, CDROM, DISK, TEST_UNIT_READY, driver, is_there, path, sense_of, start, start_both};
+use super::{
+    BLOCK, CD_BLOCK, CDROM, DISK, TEST_UNIT_READY, driver, is_there, path, sense_of, start, start_both,
+};
 
 const START_STOP: u8 = 0x1b;
 const EJECT: [u8; 6] = [START_STOP, 0, 0, 0, 2, 0];
@@ -42,7 +44,10 @@ fn a_medium_is_changed_and_ejected_and_the_guest_knows() {
     scsi.ctl(&["eject", "unit=2"]).unwrap();
     assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, CDROM, 0x28));
     assert_eq!(sense_of(&mut driver, CDROM, &TEST_UNIT_READY), Some((2, 0x3a, 2)));
-    assert_eq!((&scsi.unit("0:2")["path"], &scsi.unit("0:2")["tray-open"]), (&serde_json::Value::Null, &true.into()));
+    assert_eq!(
+        (&scsi.unit("0:2")["path"], &scsi.unit("0:2")["tray-open"]),
+        (&serde_json::Value::Null, &true.into())
+    );
     // It is not locked any more: the daemon has let go of it.
     is_let_go(&other);
 
@@ -61,7 +66,8 @@ fn a_medium_is_changed_and_ejected_and_the_guest_knows() {
 fn is_let_go(file: &tempfile::NamedTempFile) {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     loop {
-        let scsi = cleave_tests::driver::Daemon::start("cleave-scsi", &["--lun", &format!("disk={}", path(file))]);
+        let scsi =
+            cleave_tests::driver::Daemon::start("cleave-scsi", &["--lun", &format!("disk={}", path(file))]);
         match scsi {
             Ok(_) => return,
             Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),

@@ -23,7 +23,9 @@ fn killed_at_any_moment_nothing_is_lost_and_the_guest_notices_nothing() {
         for n in 0..16u8 {
             let cdb = [0x2a, 0, 0, 0, 1, n * 8, 0, 0, 8, 0];
             // All of one queue's: its data areas are their own.
-            driver.submit(0, &Command { tag: n.into(), data_out: &data, ..Command::new(DISK, &cdb) }).unwrap();
+            driver
+                .submit(0, &Command { tag: n.into(), data_out: &data, ..Command::new(DISK, &cdb) })
+                .unwrap();
         }
         thread::sleep(Duration::from_micros(round * 60));
         scsi.daemon.kill_and_restart().unwrap();
@@ -67,7 +69,10 @@ fn a_successor_knows_reservations_media_and_units() {
     driver.resume(&scsi.daemon.socket, Some(&region)).unwrap();
     let keys = driver.run(&Command { data_in: 64, ..Command::new(DISK, &READ_KEYS) }).unwrap();
     assert_eq!(keys.data[8..16], list[8..16]);
-    assert_eq!(driver.read(CDROM, 800, 1, CD_BLOCK).unwrap().data, pattern(0, 2 * MIB as usize)[800 * 2048..][..2048]);
+    assert_eq!(
+        driver.read(CDROM, 800, 1, CD_BLOCK).unwrap().data,
+        pattern(0, 2 * MIB as usize)[800 * 2048..][..2048]
+    );
     assert!(is_there(&mut driver, 7) && !is_there(&mut driver, 8));
     assert!(driver.read(lun(0, 7), 0, 1, BLOCK).unwrap().is_good());
     assert_eq!(scsi.unit("0:2")["locked"], true, "the guest's lock stays");

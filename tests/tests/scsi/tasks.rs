@@ -6,7 +6,9 @@ use std::time::Duration;
 use cleave_tests::driver::{Command, ScsiDriver, lun};
 
 use super::common::{MIB, disk};
-use super::{ABORT_TASK, BLOCK, DISK, LOGICAL_UNIT_RESET, QUERY_TASK, Scsi, TEST_UNIT_READY, driver, sense_of, start};
+use super::{
+    ABORT_TASK, BLOCK, DISK, LOGICAL_UNIT_RESET, QUERY_TASK, Scsi, TEST_UNIT_READY, driver, sense_of, start,
+};
 
 const COMPLETE: u8 = 0;
 const SUCCEEDED: u8 = 10;
@@ -20,8 +22,7 @@ const READ: [u8; 10] = [0x28, 0, 0, 0, 0, 0, 0, 0, 8, 0];
 /// A disk that lets one request a minute pass.
 fn stalled() -> (tempfile::NamedTempFile, Scsi) {
     let image = disk(MIB);
-    let spec =
-        format!("disk={},lun=1,throttle.iops-total=1,throttle.iops-size=64", image.path().display());
+    let spec = format!("disk={},lun=1,throttle.iops-total=1,throttle.iops-size=64", image.path().display());
     let scsi = start(&["--lun", &spec, "--num-queues", "2"]);
     (image, scsi)
 }
