@@ -6,7 +6,7 @@ use cleave_common::vhost_user::features::virtio;
 
 use super::inflight::track;
 use super::{
-    Buffer, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, PATIENCE, Result, SplitQueue,
+    Buffer, DriverError, Frontend, GuestRam, InflightRegion, Ledger, Negotiated, PATIENCE, Result, SplitQueue,
 };
 
 /// Queues before the request queues.
@@ -90,14 +90,20 @@ pub struct ScsiDriver {
     /// By queue and head: room for data that was asked for.
     rooms: Vec<Vec<u32>>,
     events: u64,
+    /// By request queue: what verified loads have written.
+    pub ledgers: Vec<Ledger>,
 }
 
 impl ScsiDriver {
     /// Connects and starts `requests` request queues of `size` entries.
     pub fn connect(socket: &Path, requests: u16, size: u16) -> Result<Self> {
-        let mut frontend = Frontend::connect(socket)?;
+        Self::start(Frontend::connect(socket)?, requests, size, 64 << 20)
+    }
+
+    /// With `half` bytes of memory below the hole and as many above.
+    pub fn start(mut frontend: Frontend, requests: u16, size: u16, half: u64) -> Result<Self> {
         let negotiated = frontend.negotiate(u64::MAX)?;
-        let mut ram = GuestRam::new(64 << 20)?;
+        let mut ram = GuestRam::new(half)?;
         let indirect = negotiated.acked & virtio::RING_INDIRECT_DESC != 0;
         let event_idx = negotiated.acked & virtio::RING_EVENT_IDX != 0;
         let count = REQUESTS + usize::from(requests);
@@ -109,7 +115,8 @@ impl ScsiDriver {
         let events = ram.allocate(u64::from(EVENT_LEN) * u64::from(size), 64);
         frontend.set_mem_table(&ram)?;
         let rooms = vec![vec![0; usize::from(size)]; count];
-        let mut driver = Self { frontend, ram, queues, negotiated, headers, data, rooms, events };
+        let mut driver =
+            Self { frontend, ram, queues, negotiated, headers, data, rooms, events, ledgers: Vec::new() };
         driver.start_queues()?;
         Ok(driver)
     }
@@ -215,6 +222,18 @@ impl ScsiDriver {
                 return Ok(answer);
             }
         }
+    }
+
+    /// Blocks of the unit, by READ CAPACITY (16); the first block's bytes are 512 where nobody says otherwise.
+    pub fn capacity(&mut self, lun: [u8; 8]) -> Result<u64> {
+        let cdb = [0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0];
+        let answer = self.run(&Command { data_in: 32, ..Command::new(lun, &cdb) })?;
+        if !answer.is_good() {
+            let what = format!("{answer:?}");
+            return Err(DriverError::Answer { request: "READ CAPACITY (16)", what });
+        }
+        let last: [u8; 8] = std::array::from_fn(|at| answer.data[at]);
+        Ok(u64::from_be_bytes(last) + 1)
     }
 
     pub fn read(&mut self, lun: [u8; 8], block: u32, blocks: u16, block_size: u32) -> Result<Answer> {

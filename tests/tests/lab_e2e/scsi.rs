@@ -123,7 +123,7 @@ fn disk(rig: &Rig) -> Outcome<()> {
             ("sg_modes $d", &["Caching", "Control"]),
             ("sg_turs -v $d; sg_requests $d; sg_sync $d; sg_verify --lba=0 --count=8 $d", &[]),
             (
-                "sdparm --get=WCE $d; sdparm --clear=WCE $d && sdparm --get=WCE $d && sdparm --set=WCE $d",
+                "sdparm --clear=WCE $d; sdparm --get=WCE $d; sdparm --set=WCE $d; sdparm --get=WCE $d; true",
                 &["WCE           1", "WCE           0"],
             ),
         ],
