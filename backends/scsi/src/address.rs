@@ -24,10 +24,10 @@ impl Address {
         }
     }
 
-    /// As a device reports it: Linux takes bytes 2 and 3 for flat space addressing, whatever they say.
+    /// As a device reports it in events, where Linux knows numbers below 256 in peripheral device addressing only.
     pub(crate) fn encode(self) -> [u8; 8] {
-        let [high, low] = self.lun.number().to_be_bytes();
-        [1, self.target, 0x40 | high, low, 0, 0, 0, 0]
+        let [high, low] = self.lun.encode();
+        [1, self.target, high, low, 0, 0, 0, 0]
     }
 }
 

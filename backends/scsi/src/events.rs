@@ -147,8 +147,8 @@ mod tests {
         events.set_features(feature::HOTPLUG | feature::CHANGE);
         events.tell(Event::Removed, at);
         events.tell(Event::CAPACITY, at);
-        assert_eq!(events.take(), Some([1, 0, 0, 0, 1, 2, 0x40, 5, 0, 0, 0, 0, 2, 0, 0, 0]));
-        assert_eq!(events.take(), Some([3, 0, 0, 0, 1, 2, 0x40, 5, 0, 0, 0, 0, 0x2a, 9, 0, 0]));
+        assert_eq!(events.take(), Some([1, 0, 0, 0, 1, 2, 0, 5, 0, 0, 0, 0, 2, 0, 0, 0]));
+        assert_eq!(events.take(), Some([3, 0, 0, 0, 1, 2, 0, 5, 0, 0, 0, 0, 0x2a, 9, 0, 0]));
         assert!(events.is_empty());
 
         (0..MAX_WAITING + 1).for_each(|_| events.tell(Event::Rescan, at));

@@ -253,10 +253,15 @@ fn cdrom(rig: &Rig) -> Outcome<()> {
             run(&mut vm, "echo 3 >/proc/sys/vm/drop_caches; cksum </mnt/content", SOON)?;
         }
     }
+    // Asked to eject it, the guest's udev tries to, some time in the next seconds.
+    run(&mut vm, "sleep 5; udevadm settle", SOON)?;
     run(&mut vm, "umount /mnt && eject /dev/sr0", SOON)?;
     says(&ctl(rig, &["query-units"])?, "\"tray-open\": true")?;
     ctl(rig, &["change", "unit=0", &format!("path={}", text(&two))])?;
-    each_says(&mut vm, &[("sleep 1; mount -o ro /dev/sr0 /mnt && cksum </mnt/content", &[&second])])?;
+    each_says(
+        &mut vm,
+        &[("until mount -o ro /dev/sr0 /mnt; do sleep 1; done; cksum </mnt/content", &[&second])],
+    )?;
     // What is in the drive stays there when the daemon dies.
     kill_scsi(&vm, None)?;
     each_says(&mut vm, &[("umount /mnt; sleep 1; cksum </dev/sr0", &[&sum(&two)?])])?;
@@ -268,7 +273,10 @@ fn cdrom(rig: &Rig) -> Outcome<()> {
     ctl(rig, &["change", "unit=0", &format!("path={}", text(&one))])?;
     each_says(
         &mut vm,
-        &[("sleep 1; mount -o ro /dev/sr0 /mnt && cksum </mnt/content && umount /mnt", &[&first])],
+        &[(
+            "until mount -o ro /dev/sr0 /mnt; do sleep 1; done; cksum </mnt/content && umount /mnt",
+            &[&first],
+        )],
     )?;
     vm.send("systemctl poweroff")?;
     vm.finish(BOOT)?;

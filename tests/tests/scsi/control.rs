@@ -17,6 +17,11 @@ const ALLOW: [u8; 6] = [0x1e, 0, 0, 0, 0, 0];
 const TRANSPORT_RESET: u32 = 1;
 const PARAM_CHANGE: u32 = 3;
 
+/// As Linux reads a LUN of target 0 in an event: in peripheral device addressing.
+fn reported(number: u8) -> [u8; 8] {
+    [1, 0, 0, number, 0, 0, 0, 0]
+}
+
 fn settle(driver: &mut ScsiDriver, lun: [u8; 8]) {
     assert!(driver.run(&Command::new(lun, &TEST_UNIT_READY)).unwrap().is_good());
 }
@@ -33,7 +38,7 @@ fn a_medium_is_changed_and_ejected_and_the_guest_knows() {
     assert!(driver.read(CDROM, 0, 1, CD_BLOCK).unwrap().is_good());
 
     scsi.ctl(&["change", "unit=2", &format!("path={}", path(&other))]).unwrap();
-    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, CDROM, 0x28));
+    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, reported(2), 0x28));
     assert_eq!(sense_of(&mut driver, CDROM, &TEST_UNIT_READY), Some((6, 0x28, 0)));
     let mut content = pattern(0, 2 * MIB as usize);
     content.splice(.., std::fs::read(other.path()).unwrap());
@@ -42,7 +47,7 @@ fn a_medium_is_changed_and_ejected_and_the_guest_knows() {
     assert_eq!(scsi.unit("0:2")["path"], whole.to_str().unwrap());
 
     scsi.ctl(&["eject", "unit=2"]).unwrap();
-    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, CDROM, 0x28));
+    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, reported(2), 0x28));
     assert_eq!(sense_of(&mut driver, CDROM, &TEST_UNIT_READY), Some((2, 0x3a, 2)));
     assert_eq!(
         (&scsi.unit("0:2")["path"], &scsi.unit("0:2")["tray-open"]),
@@ -114,7 +119,7 @@ fn units_come_and_go() {
     settle(&mut driver, DISK);
     let said = scsi.ctl(&["add-disk", &format!("disk={}", path(&more)), "lun=7", "serial=123"]).unwrap();
     assert!(said.contains("0:7"), "{said}");
-    assert_eq!(driver.event().unwrap(), (TRANSPORT_RESET, lun(0, 7), 1));
+    assert_eq!(driver.event().unwrap(), (TRANSPORT_RESET, reported(7), 1));
     assert_eq!(sense_of(&mut driver, DISK, &TEST_UNIT_READY), Some((6, 0x3f, 0x0e)));
     assert!(is_there(&mut driver, 7));
     let data = pattern(4, 8 * 512);
@@ -127,7 +132,7 @@ fn units_come_and_go() {
     assert!(refused.contains("is in use") || refused.contains("two units"), "{refused}");
 
     scsi.ctl(&["remove", "unit=7"]).unwrap();
-    assert_eq!(driver.event().unwrap(), (TRANSPORT_RESET, lun(0, 7), 2));
+    assert_eq!(driver.event().unwrap(), (TRANSPORT_RESET, reported(7), 2));
     assert!(!is_there(&mut driver, 7));
     is_let_go(&more);
     scsi.ctl(&["add-cdrom", "lun=8"]).unwrap();
@@ -147,11 +152,11 @@ fn a_disk_that_grows_is_larger() {
     let capacity = [0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     image.as_file().set_len(3 * MIB).unwrap();
     scsi.ctl(&["resize", "unit=1"]).unwrap();
-    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, DISK, 0x092a));
+    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, reported(1), 0x092a));
     assert_eq!(sense_of(&mut driver, DISK, &TEST_UNIT_READY), Some((6, 0x2a, 9)));
     let answer = driver.run(&Command { data_in: 8, ..Command::new(DISK, &capacity) }).unwrap();
     assert_eq!(answer.data[..4], (3 * 2048u32 - 1).to_be_bytes());
     image.as_file().set_len(4 * MIB).unwrap();
     scsi.daemon.signal(rustix::process::Signal::HUP).unwrap();
-    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, DISK, 0x092a));
+    assert_eq!(driver.event().unwrap(), (PARAM_CHANGE, reported(1), 0x092a));
 }
