@@ -158,13 +158,14 @@ impl Controller {
             }
             info!("the driver {}", if continues { "goes on where it was" } else { "starts anew" });
         }
-        let bus = self.bus();
-        match continues {
-            true => bus.each_unit(|_, unit| unit.introduce(self.nexus)),
-            false => {
-                self.events.forget();
-                bus.each_unit(|_, unit| unit.reset(Reset::Hard));
-            }
+        if continues {
+            return self.bus().each_unit(|_, unit| unit.introduce(self.nexus));
+        }
+        self.events.forget();
+        self.bus().each_unit(|_, unit| unit.reset(Reset::Hard));
+        // What an earlier driver has left is not for this one's successors.
+        if let Err(error) = self.keep() {
+            warn!("--state: what an earlier driver has left is still there: {error}");
         }
     }
 
@@ -173,17 +174,23 @@ impl Controller {
     /// # Errors
     /// It cannot be kept.
     pub(crate) fn save(&self) -> std::io::Result<()> {
-        let mut file = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !file.is_there() {
-            if !self.unsaved.swap(true, Ordering::Relaxed) {
-                warn!(
-                    "what the guest and the control socket change of units is not kept over a restart of this daemon: --state says where to keep it"
-                );
-            }
-            return Ok(());
+        let kept = self.keep()?;
+        if !kept && !self.unsaved.swap(true, Ordering::Relaxed) {
+            warn!(
+                "what the guest and the control socket change of units is not kept over a restart of this daemon: --state says where to keep it"
+            );
         }
-        let saved = Saved::of(&self.bus());
-        file.write(&saved)
+        Ok(())
+    }
+
+    /// `false`: there is no file for it.
+    fn keep(&self) -> std::io::Result<bool> {
+        let mut file = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if file.is_there() {
+            let saved = Saved::of(&self.bus());
+            file.write(&saved)?;
+        }
+        Ok(file.is_there())
     }
 }
 

@@ -84,6 +84,10 @@ fn a_successor_knows_reservations_media_and_units() {
     assert_eq!(sense_of(&mut driver, DISK, &TEST_UNIT_READY), Some((6, 0x29, 0)));
     assert!(!is_there(&mut driver, 7));
     assert_eq!(scsi.unit("0:2")["path"], path(&iso));
+    let region = driver.track_inflight().unwrap();
+    scsi.daemon.kill_and_restart().unwrap();
+    driver.resume(&scsi.daemon.socket, Some(&region)).unwrap();
+    assert!(!is_there(&mut driver, 7), "nor do its successors find what an earlier driver had");
     let keys = driver.run(&Command { data_in: 64, ..Command::new(DISK, &READ_KEYS) }).unwrap();
     assert_eq!(keys.data[4..8], [0; 4], "it was not to survive a loss of power");
 }
