@@ -9,12 +9,11 @@ use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::virtio::DeviceType;
 use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
-use cleave_storage::{CacheMode, Engine, EngineError, Image, ImageError};
+use cleave_storage::{CacheMode, Engine, EngineError, Image, ImageError, Throttle};
 
 use crate::config_space::{ConfigSpace, WRITEBACK, feature};
 use crate::disk::{Disk, OnFull};
 use crate::queue;
-use crate::throttle::Throttle;
 use cleave_runtime::cpus::{self, CpusError};
 
 /// Most data buffers in one request: what fits into a queue of 128 entries beside header and status, so that a guest
@@ -201,7 +200,7 @@ impl Device for Block {
         let changed = self.image.reload();
         self.disk.resize(self.image.len());
         // What waits for room on the disk may have some by now.
-        self.disk.nudge_all();
+        self.disk.admission.nudges().nudge_all();
         Ok(changed?)
     }
 

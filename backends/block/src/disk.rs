@@ -1,18 +1,14 @@
 //! What every queue's thread knows of the disk it serves.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use cleave_common::exit::printable;
-use cleave_storage::Image;
-use rustix::event::{EventfdFlags, eventfd};
-use tracing::warn;
+use cleave_storage::{Admission, Image, Nudges, Throttle};
 
 use crate::request::Limits;
-use crate::throttle::{Direction, Throttle, Turn};
 
 /// What to do with a write that finds no room on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,19 +17,6 @@ pub(crate) enum OnFull {
     Error,
     /// It waits until there is room.
     Pause,
-}
-
-/// What became of a request that waited for room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Waited {
-    /// There was some.
-    Room,
-    /// It met another error.
-    Failed,
-    /// Its queue stopped, and it stays undone and unanswered.
-    Left,
-    /// Its queue stopped, and it had to be answered: with an error.
-    Stopped,
 }
 
 /// What the device and its queues' threads share.
@@ -51,13 +34,10 @@ pub(crate) struct Disk {
     pub(crate) on_full: OnFull,
     /// How long a queue's thread may look for work before it sleeps.
     pub(crate) poll: Duration,
-    /// Requests that wait for room.
-    waiting_for_room: AtomicUsize,
-    throttle: Option<(Instant, Mutex<Throttle>)>,
+    /// When requests may go.
+    pub(crate) admission: Admission,
     /// By queue.
     counts: Vec<Counts>,
-    /// By queue: its thread is to look after its requests that wait.
-    nudges: Vec<OwnedFd>,
 }
 
 /// What one queue's thread has to do and has done. It alone writes here, so that no two threads' writes meet in a cache
@@ -92,7 +72,7 @@ impl Disk {
         poll: Duration,
         throttle: Option<Throttle>,
     ) -> io::Result<Self> {
-        let nudge = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let nudges = Arc::new(Nudges::new(num_queues)?);
         Ok(Self {
             len: image.len().into(),
             logical_block: image.logical_block(),
@@ -102,10 +82,8 @@ impl Disk {
             name: printable(&image.path().display().to_string()).into_owned(),
             on_full,
             poll,
-            waiting_for_room: AtomicUsize::new(0),
-            throttle: throttle.map(|throttle| (Instant::now(), Mutex::new(throttle))),
+            admission: Admission::new("the disk", throttle, nudges),
             counts: (0..num_queues).map(|_| Counts::default()).collect(),
-            nudges: (0..num_queues).map(nudge).collect::<Result<_, _>>()?,
         })
     }
 
@@ -135,72 +113,5 @@ impl Disk {
     /// From now on the disk has so many bytes.
     pub(crate) fn resize(&self, len: u64) {
         self.len.store(len, Ordering::Relaxed);
-    }
-
-    /// Readable when [`Disk::nudge`] was called for `queue`.
-    pub(crate) fn nudge_fd(&self, queue: u16) -> BorrowedFd<'_> {
-        self.nudges[usize::from(queue)].as_fd()
-    }
-
-    pub(crate) fn nudge(&self, queue: u16) {
-        // A counter that is full is readable all the same.
-        let _ = rustix::io::write(&self.nudges[usize::from(queue)], &1u64.to_ne_bytes());
-    }
-
-    pub(crate) fn nudge_all(&self) {
-        (0..self.nudges.len() as u16).for_each(|queue| self.nudge(queue));
-    }
-
-    pub(crate) fn is_throttled(&self) -> bool {
-        self.throttle.is_some()
-    }
-
-    /// Whether a request may go, by the disk's rate limits. The queue whose turn is next is told.
-    pub(crate) fn ask(&self, queue: u16, direction: Direction, bytes: u64) -> Turn {
-        let Some((start, throttle)) = &self.throttle else { return Turn::Go { next: None } };
-        let now = start.elapsed();
-        let turn = throttle.lock().unwrap_or_else(PoisonError::into_inner).ask(now, queue, direction, bytes);
-        if let Turn::Go { next: Some(next) } = turn {
-            self.nudge(next);
-        }
-        turn
-    }
-
-    /// Counts a request that goes without having asked.
-    pub(crate) fn charge(&self, direction: Direction, bytes: u64) {
-        let Some((start, throttle)) = &self.throttle else { return };
-        let now = start.elapsed();
-        throttle.lock().unwrap_or_else(PoisonError::into_inner).charge(now, direction, bytes);
-    }
-
-    /// Nothing of `queue` waits for the rate limits any more.
-    pub(crate) fn leave_line(&self, queue: u16, direction: Direction) {
-        let Some((_, throttle)) = &self.throttle else { return };
-        let next = throttle.lock().unwrap_or_else(PoisonError::into_inner).leave(queue, direction);
-        next.into_iter().for_each(|next| self.nudge(next));
-    }
-
-    /// A request begins to wait for room, for the reason `error`.
-    pub(crate) fn begin_waiting_for_room(&self, error: &io::Error) {
-        if self.waiting_for_room.fetch_add(1, Ordering::Relaxed) == 0 {
-            warn!("the disk is full: writes wait until there is room ({error})");
-        }
-    }
-
-    /// It waits no more. What became of the last one is told: it says why none waits.
-    pub(crate) fn end_waiting_for_room(&self, waited: Waited) {
-        if self.waiting_for_room.fetch_sub(1, Ordering::Relaxed) != 1 {
-            return;
-        }
-        match waited {
-            Waited::Room => warn!("the disk has room again: no write waits any more"),
-            Waited::Failed => warn!("no write waits for room any more: the last one has failed"),
-            Waited::Left => warn!(
-                "no write waits for room any more: their queue has stopped, and they are left undone for whoever goes on"
-            ),
-            Waited::Stopped => warn!(
-                "no write waits for room any more: their queue has stopped, and they fail, for the frontend keeps no record of them (INFLIGHT_SHMFD)"
-            ),
-        }
     }
 }

@@ -6,7 +6,6 @@ mod disk;
 mod queue;
 mod request;
 mod sandbox;
-mod throttle;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,11 +17,10 @@ use cleave_common::exit::Failure;
 use cleave_common::options;
 use cleave_common::throttle::ThrottleConfig;
 use cleave_runtime::{CommonArgs, Sandbox, Signals, print_capabilities};
-use cleave_storage::{CacheMode, Image, ImageFormat, ImageOptions};
+use cleave_storage::{CacheMode, Image, ImageFormat, ImageOptions, Throttle};
 
 use device::{Block, BlockError, BlockOptions};
 use disk::OnFull;
-use throttle::Throttle;
 
 /// Serve a disk image or a block device to a virtual machine, as virtio-blk over vhost-user
 #[derive(Debug, Parser)]

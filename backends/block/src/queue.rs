@@ -14,22 +14,18 @@
 
 mod look;
 mod requests;
-mod waiting;
-mod way;
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Complaints, Inbox, RingError, Stop, Vring};
-use cleave_storage::{Engine, Event, WatchId};
+use cleave_runtime::{Chain, Command, Complaints, Inbox, RingError, Stop, Vring, Way};
+use cleave_storage::{Engine, Event, Waiting, WatchId};
 use tracing::{error, warn};
 
 use crate::disk::{Disk, OnFull};
 use look::Looks;
 use requests::Pending;
-use waiting::Waiting;
-use way::Way;
 
 /// What a queue's thread waits for beside I/O and the kick.
 #[derive(Debug, Clone, Copy)]
@@ -43,8 +39,8 @@ struct Signals {
 /// Serves vrings of queue `index`, one after the other, until the device is gone.
 pub(crate) fn serve(index: u16, mut engine: Engine, inbox: &Inbox, disk: &Disk) {
     let wake = engine.watch(inbox.wake_fd());
-    let nudge = engine.watch(disk.nudge_fd(index));
     let mut looks = Looks::new(disk.poll.max(GLANCE));
+    let nudge = engine.watch(disk.admission.nudges().fd(index));
     while let Some(command) = inbox.next() {
         if let Command::Start(vring) = command {
             engine.park_when_full(disk.on_full == OnFull::Pause);
@@ -104,7 +100,7 @@ impl<'e> Queue<'e> {
             pending,
             waiting,
             batch: 1,
-            way: Way::new(),
+            way: Way::default(),
             chain: Chain::default(),
             buffers: Vec::new(),
             kicks_wanted: true,
@@ -135,7 +131,7 @@ impl<'e> Queue<'e> {
             self.spare_kicks();
             let nudged = self.take_events(inbox, signals);
             if nudged || self.waiting.deadline().is_some() {
-                self.waiting.submit_due(Instant::now(), nudged, self.disk, self.engine);
+                self.waiting.submit_due(Instant::now(), nudged, &self.disk.admission, self.engine);
             }
             let signalled = self.vring.signal_used();
             self.check(signalled);
@@ -176,7 +172,7 @@ impl<'e> Queue<'e> {
                         self.stopping = true;
                         let remembered = self.vring.remembers_in_flight();
                         self.leaving = remembered || stop == Stop::SessionOver;
-                        self.waiting.end(remembered, self.leaving, self.disk, self.engine);
+                        self.waiting.end(remembered, self.leaving, &self.disk.admission, self.engine);
                     }
                 }
                 Event::Readable(id) if id == signals.nudge => nudged = true,

@@ -21,6 +21,7 @@ mod shared;
 mod signals;
 mod socket;
 mod vring;
+mod way;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json, print_capabilities};
 pub use complaints::Complaints;
@@ -39,3 +40,4 @@ pub use socket::{Endpoint, Listener, SocketError};
 pub use vring::{
     Chain, ChainError, InflightError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring,
 };
+pub use way::Way;

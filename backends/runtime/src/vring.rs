@@ -49,6 +49,7 @@ pub struct Vring {
     pub(crate) call: Notifier,
     pub(crate) err: Notifier,
     pub(crate) started: bool,
+    pub(crate) continues: bool,
     pub(crate) inflight: Option<InflightQueue>,
     /// Heads that a predecessor left in flight and that are to be served again, before any other.
     pub(crate) resubmit: VecDeque<u16>,
@@ -79,6 +80,12 @@ impl Vring {
     /// Whether the ring may be touched: it has been kicked since the frontend set it up.
     pub fn is_started(&self) -> bool {
         self.started
+    }
+
+    /// Whether the driver has used this ring before, with this daemon or a predecessor of it, and goes on with it; if not,
+    /// it has just set the device up.
+    pub fn continues(&self) -> bool {
+        self.continues
     }
 
     /// The first kick has come.

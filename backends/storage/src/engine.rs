@@ -1,4 +1,4 @@
-//! Asynchronous I/O on one image from one thread, over io_uring.
+//! Asynchronous I/O on images from one thread, over io_uring.
 //!
 //! ```text
 //!   a slot:   free --begin--> parked --submit--> in flight --short transfer: the rest again--> in flight
@@ -6,31 +6,31 @@
 //!              `----abandon-----+----no room for it--'
 //! ```
 //!
+//! An engine has one image from its start ([`Engine::new`]), or any number that come and go ([`Engine::attach`],
+//! [`Engine::detach`]); a request is for the image that was selected when it began ([`Engine::select`]).
+//!
 //! Invariants: one slot a request, named by its caller's tag; a slot's buffers are not touched by anybody else until its
 //! event is out or it is abandoned; [`Engine::wait`] is the only place where the thread waits, for I/O and for watched
 //! descriptors alike.
 #![expect(unsafe_code, reason = "the kernel is handed pointers into guest memory")]
 
+mod disks;
 mod mapped;
 mod range;
 mod ring;
 mod transfer;
 mod watch;
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::types;
-
-use crate::image::{CacheMode, Image};
-use crate::qcow2::Mapped;
-use mapped::Mapping;
+use crate::image::Image;
+pub use disks::DiskId;
+use disks::{Disk, disk_of};
+use range::Zeroes;
 pub use range::{Range, RangeOp};
-use range::{Support, Zeroes};
 use ring::Ring;
 pub use transfer::Transfer;
 use transfer::{Progress, Slot};
@@ -69,12 +69,12 @@ pub enum Event {
     WatchLost(WatchId),
 }
 
-/// One thread's I/O on one image.
+/// One thread's I/O on its images.
 pub struct Engine {
     ring: Ring,
-    /// On an image whose bytes are where its tables say. It goes before the image does.
-    mapping: Option<Mapping>,
-    image: Arc<Image>,
+    /// By their numbers.
+    disks: Vec<Option<Disk>>,
+    selected: DiskId,
     /// By tag, as far as any was used: most queues are much shorter than they may be.
     slots: Vec<Slot>,
     depth: u16,
@@ -83,9 +83,10 @@ pub struct Engine {
     /// Bytes of aligned memory that requests hold.
     bounced: usize,
     park_when_full: bool,
-    support: Support,
     zeroes: Zeroes,
     watches: Watches,
+    /// Requests on mapped images that are over, with the bytes of aligned memory they held.
+    finished: Vec<(u16, usize, Progress)>,
 }
 
 /// `user_data`: a request's tag, a watch, or something whose completion nobody waits for.
@@ -119,32 +120,31 @@ impl Token {
 impl Engine {
     /// Sets up I/O on `image` with up to `depth` requests at once. Call it on the thread that will use it.
     pub fn new(image: Arc<Image>, depth: u16) -> Result<Self, EngineError> {
+        let mut engine = Self::without_image(depth)?;
+        engine.attach(image)?;
+        Ok(engine)
+    }
+
+    /// As [`Engine::new`], for images that are attached later.
+    pub fn without_image(depth: u16) -> Result<Self, EngineError> {
         let ring = Ring::new(depth).map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM | libc::ENOSYS) => EngineError::Disabled,
             Some(libc::ENOMEM) => EngineError::Memory(error),
             _ => EngineError::Io(error),
         })?;
-        let is_device = image.file().metadata()?.file_type().is_block_device();
-        let support = Support::new(fd_of(image.file()), is_device);
-        let port = image.mapped().map(Mapped::port).transpose()?;
-        let mut engine = Self {
+        Ok(Self {
             ring,
-            mapping: None,
-            image,
+            disks: Vec::new(),
+            selected: DiskId::FIRST,
             slots: Vec::new(),
             depth,
             in_flight: 0,
             bounced: 0,
             park_when_full: false,
-            support,
             zeroes: Zeroes::default(),
             watches: Watches::default(),
-        };
-        engine.mapping = port.map(|port| {
-            let watch = engine.watch(port.event_fd());
-            Mapping::new(port, engine.image.files().map(fd_of).collect(), watch)
-        });
-        Ok(engine)
+            finished: Vec::new(),
+        })
     }
 
     /// Requests that have been submitted and whose event is not out yet.
@@ -288,17 +288,20 @@ impl Engine {
     /// The next event that has come, without waiting.
     pub fn next_event(&mut self) -> Option<Event> {
         loop {
-            if let Some((tag, bounced, progress)) = self.mapping.as_mut().and_then(Mapping::next_finished) {
+            if let Some((tag, bounced, progress)) = self.finished.pop() {
                 return self.settle(tag, bounced, progress);
             }
             let entry = self.ring.next_completion()?;
             let event = match Token::decode(entry.user_data()) {
                 Token::Slot(tag) => self.completed(tag, entry.result()),
                 Token::Watch(id) => match self.watches.event(&mut self.ring, id, &entry) {
-                    Some(Event::Readable(id)) if self.is_port(id) => {
-                        self.take_news();
-                        None
-                    }
+                    Some(Event::Readable(id)) => match self.port_of(id) {
+                        Some(disk) => {
+                            self.take_news(disk);
+                            None
+                        }
+                        None => Some(Event::Readable(id)),
+                    },
                     event => event,
                 },
                 Token::Ignore => None,
@@ -310,13 +313,14 @@ impl Engine {
     }
 
     fn completed(&mut self, tag: u16, result: i32) -> Option<Event> {
-        if self.mapping.is_some() {
+        let slot = &mut self.slots[usize::from(tag)];
+        let disk = disk_of(&mut self.disks, slot);
+        if disk.mapping.is_some() {
             self.completed_mapped(tag, result);
             return None;
         }
-        let slot = &mut self.slots[usize::from(tag)];
         let bounced = slot.bounced();
-        let progress = slot.advance(result, &mut self.support);
+        let progress = slot.advance(result, &mut disk.support);
         self.settle(tag, bounced, progress)
     }
 
@@ -355,6 +359,7 @@ impl Engine {
         }
         let slot = &mut self.slots[at];
         assert!(!slot.is_busy(), "request {tag} is in flight");
+        slot.aim(self.selected);
         slot
     }
 
@@ -364,28 +369,16 @@ impl Engine {
     }
 
     fn submit_slot(&mut self, tag: u16) {
-        if self.mapping.is_some() {
+        let slot = &mut self.slots[usize::from(tag)];
+        let disk = disk_of(&mut self.disks, slot);
+        if disk.mapping.is_some() {
             return self.submit_mapped(tag);
         }
-        let slot = &mut self.slots[usize::from(tag)];
-        let entry = slot.entry(&self.support, &mut self.zeroes).user_data(Token::Slot(tag).encode());
+        let entry = slot.entry(&disk.support, &mut self.zeroes).user_data(Token::Slot(tag).encode());
         // SAFETY: what the entry points to lives until its completion: buffers by the promise of `transfer`, iovecs and
         // aligned memory in their slot, which is not reused before; zeroes as long as the engine.
         unsafe { self.ring.push(entry) };
     }
-
-    /// What buffers must be aligned to: address, length.
-    fn alignment(&self) -> (usize, usize) {
-        match self.image.cache() {
-            CacheMode::None => (self.image.memory_align() as usize, self.image.logical_block() as usize),
-            CacheMode::Writeback | CacheMode::Writethrough => (1, 1),
-        }
-    }
-}
-
-/// How the kernel is told of a file of the image, which is open as long as the engine is there.
-fn fd_of(file: &File) -> types::Fd {
-    types::Fd(file.as_raw_fd())
 }
 
 /// The kernel may still write to the slots' memory: it does not outlive the engine unfinished.

@@ -2,7 +2,7 @@
 
 mod topology;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use rustix::fs::{
     AtFlags, OFlags, SeekFrom, StatxFlags, fcntl_getfl, fcntl_setfl, fstatfs, ioctl_blkpbszget,
     ioctl_blksszget, seek, statx,
 };
+use rustix::io::Errno;
 use tracing::warn;
 
 use crate::lock::{self, LockError};
@@ -58,6 +59,10 @@ pub enum ImageError {
     Open { path: PathBuf, source: io::Error },
     #[error("disk {} is neither a regular file nor a block device", .0.display())]
     Kind(PathBuf),
+    #[error("disk {} is open for the wrong kind of access: it has to be for reading, and for writing unless it is read-only", .0.display())]
+    Mode(PathBuf),
+    #[error("disk {} cannot be used while this program runs, unless it is raw: only when it starts can it open what other files the image names", .0.display())]
+    NotRaw(PathBuf),
     #[error("disk {} is empty: give it a size, as with 'truncate -s 10G'", .0.display())]
     Empty(PathBuf),
     #[error("disk {} is qcow2 of the size 0: give it one, as with 'qemu-img resize {} 10G'", .0.display(), .0.display())]
@@ -130,18 +135,35 @@ pub struct Image {
 impl Image {
     /// Opens and locks the image: exclusively to write, shared to read. Backing files are only read.
     pub fn open(options: &ImageOptions) -> Result<Self, ImageError> {
-        let (path, read_only, cache) = (options.path.clone(), options.read_only, options.cache);
+        let ImageOptions { path, read_only, cache, .. } = options;
+        let (read_only, cache) = (*read_only, *cache);
         let (files, mapped) = match options.format {
             ImageFormat::Raw => {
-                let file = HostImage::open(&path, read_only, cache)?;
-                warn_of_formats(&path);
+                let file = HostImage::open(path, read_only, cache)?;
+                warn_of_formats(path);
                 (vec![file], None)
             }
             ImageFormat::Qcow2 => {
-                let (files, mapped) = qcow2::open(&path, read_only, cache)?;
+                let (files, mapped) = qcow2::open(path, read_only, cache)?;
                 (files, Some(mapped))
             }
         };
+        Self::of(files, mapped, options)
+    }
+
+    /// As [`Image::open`], of a file that somebody else has opened for us: for reading, and for writing unless it is only
+    /// to be read. It has to be raw; the path of `options` is for messages.
+    pub fn from_file(file: File, options: &ImageOptions) -> Result<Self, ImageError> {
+        let ImageOptions { path, format, read_only, cache } = options;
+        if *format != ImageFormat::Raw {
+            return Err(ImageError::NotRaw(path.clone()));
+        }
+        let file = HostImage::of_file(file, path, *read_only, *cache)?;
+        Self::of(vec![file], None, options)
+    }
+
+    fn of(files: Vec<HostImage>, mapped: Option<Mapped>, options: &ImageOptions) -> Result<Self, ImageError> {
+        let (path, read_only, cache) = (options.path.clone(), options.read_only, options.cache);
         let geometry = files.iter().skip(1).fold(files[0].geometry, |all, file| all.with(file.geometry));
         let len = mapped.as_ref().map_or(files[0].len, Mapped::len);
         check_size(&path, len, geometry.logical_block, options.format)?;
@@ -252,9 +274,8 @@ impl HostImage {
         let opened = |source| ImageError::Open { path: path.to_owned(), source };
         let direct = cache == CacheMode::None;
         let meta = std::fs::metadata(path).map_err(opened)?;
-        if !meta.is_file() && !meta.file_type().is_block_device() {
-            return Err(ImageError::Kind(path.to_owned()));
-        }
+        // Before it is opened: opening a FIFO waits, and a tape rewinds.
+        check_kind(path, &meta)?;
         let flags = OFlags::CLOEXEC | if direct { OFlags::DIRECT } else { OFlags::empty() };
         let file = OpenOptions::new()
             .read(true)
@@ -265,6 +286,31 @@ impl HostImage {
                 Some(libc::EINVAL) if direct => ImageError::NoDirect(path.to_owned()),
                 _ => opened(source),
             })?;
+        Self::of_open(file, path, read_only, direct)
+    }
+
+    fn of_file(file: File, path: &Path, read_only: bool, cache: CacheMode) -> Result<Self, ImageError> {
+        let opened = |source| ImageError::Open { path: path.to_owned(), source };
+        let direct = cache == CacheMode::None;
+        let flags = fcntl_getfl(&file).map_err(|errno| opened(errno.into()))?;
+        let mode = flags & OFlags::ACCMODE;
+        if mode != OFlags::RDWR && !(read_only && mode == OFlags::RDONLY) {
+            return Err(ImageError::Mode(path.to_owned()));
+        }
+        let wanted = if direct { flags | OFlags::DIRECT } else { flags - OFlags::DIRECT };
+        if wanted != flags {
+            fcntl_setfl(&file, wanted).map_err(|errno| match errno {
+                Errno::INVAL if direct => ImageError::NoDirect(path.to_owned()),
+                _ => opened(errno.into()),
+            })?;
+        }
+        Self::of_open(file, path, read_only, direct)
+    }
+
+    fn of_open(file: File, path: &Path, read_only: bool, direct: bool) -> Result<Self, ImageError> {
+        let opened = |source| ImageError::Open { path: path.to_owned(), source };
+        let meta = file.metadata().map_err(opened)?;
+        check_kind(path, &meta)?;
         let len = size(&file).map_err(opened)?;
         lock::lock(&file, read_only).map_err(|source| match source {
             LockError::Io(source) => ImageError::Lock { path: path.to_owned(), source },
@@ -277,6 +323,13 @@ impl HostImage {
         let geometry = Geometry::of(&file, is_device, direct).map_err(opened)?;
         let topology = if is_device { Topology::of_device(&file) } else { Topology::default() };
         Ok(Self { file, len, geometry, topology })
+    }
+}
+
+fn check_kind(path: &Path, meta: &Metadata) -> Result<(), ImageError> {
+    match meta.is_file() || meta.file_type().is_block_device() {
+        true => Ok(()),
+        false => Err(ImageError::Kind(path.to_owned())),
     }
 }
 

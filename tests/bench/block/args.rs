@@ -210,6 +210,8 @@ pub enum Peer {
     Cleave,
     /// cleave-block with --cache none and --poll-us
     CleavePoll,
+    /// cleave-scsi, with the image as a disk, cache=none
+    CleaveScsi,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cleave_tests::driver::{BlockDriver, Daemon, Frontend, Process, binary};
+use cleave_tests::driver::{BlockDriver, Daemon, Frontend, Process, Report, ScsiDriver, binary, lun};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::args::{Format, Peer, word};
@@ -28,7 +28,12 @@ pub struct Contender {
 pub enum Kind {
     Fio(Image),
     Qsd(Image),
-    Cleave { image: Image, more: Vec<String> },
+    Cleave {
+        image: Image,
+        more: Vec<String>,
+    },
+    /// cleave-scsi.
+    Scsi(Image),
     Socket(PathBuf),
 }
 
@@ -39,6 +44,7 @@ impl Contender {
             Peer::Fio => Kind::Fio(image),
             Peer::Qsd => Kind::Qsd(image),
             Peer::Cleave => Kind::Cleave { image, more: Vec::new() },
+            Peer::CleaveScsi => Kind::Scsi(image),
             Peer::CleavePoll => Kind::Cleave { image, more: vec!["--poll-us".into(), poll_us.to_string()] },
         };
         Self { name: word(peer), kind }
@@ -46,7 +52,9 @@ impl Contender {
 
     pub fn path(&self) -> Option<PathBuf> {
         match &self.kind {
-            Kind::Fio(image) | Kind::Qsd(image) | Kind::Cleave { image, .. } => Some(image.path.clone()),
+            Kind::Fio(image) | Kind::Qsd(image) | Kind::Scsi(image) | Kind::Cleave { image, .. } => {
+                Some(image.path.clone())
+            }
             Kind::Socket(_) => None,
         }
     }
@@ -67,6 +75,11 @@ impl Contender {
                 let process =
                     rustix::net::sockopt::socket_peercred(&stream).ok().map(|peer| Process(peer.pid));
                 drive(Frontend::over(stream), process, row, settings)
+            }
+            Kind::Scsi(image) => {
+                let daemon = self.start(row.queues)?;
+                pin(daemon.process(), settings.pin)?;
+                drive_scsi(&daemon, image, row, settings)
             }
             Kind::Qsd(_) | Kind::Cleave { .. } => {
                 let daemon = self.start(row.queues)?;
@@ -99,6 +112,7 @@ impl Contender {
                 let program = tools()?.bin().join("qemu-storage-daemon");
                 Ok(Daemon::start_other(&program, |socket| qsd_arguments(image, socket, queues))?)
             }
+            Kind::Scsi(image) => cleave_scsi(image, queues),
             Kind::Fio(_) | Kind::Socket(_) => {
                 Err(BenchError::Usage(format!("{} is no daemon that can be started", self.name)))
             }
@@ -119,6 +133,15 @@ pub fn cleave(image: &Image, queues: u16, more: &[String]) -> Result<Daemon> {
     }
     flags.extend(more.iter().map(String::as_str));
     Ok(Daemon::start("cleave-block", &flags)?)
+}
+
+/// cleave-scsi with `image` as its unit 0.
+fn cleave_scsi(image: &Image, queues: u16) -> Result<Daemon> {
+    binary("cleave-scsi")?;
+    let (file, queues) = (image.path.display().to_string().replace(',', ",,"), queues.to_string());
+    let cache = if image.direct { "none" } else { "writeback" };
+    let unit = format!("disk={file},lun=0,cache={cache},format={}", word(image.format));
+    Ok(Daemon::start("cleave-scsi", &["--lun", &unit, "--num-queues", &queues])?)
 }
 
 fn qsd_arguments(image: &Image, socket: &Path, queues: u16) -> Vec<String> {
@@ -142,18 +165,38 @@ fn qsd_arguments(image: &Image, socket: &Path, queues: u16) -> Vec<String> {
 }
 
 fn drive(frontend: Frontend, process: Option<Process>, row: &Row, settings: &Settings) -> Result<Turn> {
-    let memory = (64 << 20) + 2 * row.block_size * u64::from(row.depth) * u64::from(row.queues);
-    let memory = memory.next_multiple_of(2 << 20);
-    let mut driver = BlockDriver::with_memory(frontend, u64::MAX, row.queues, QUEUE_SIZE, memory)?;
+    let mut driver = BlockDriver::with_memory(frontend, u64::MAX, row.queues, QUEUE_SIZE, memory_for(row))?;
     if u64::from(row.queues) > driver.negotiated.num_queues {
         return Err(BenchError::Usage(format!(
             "the daemon has {} queues, and --queues is {}",
             driver.negotiated.num_queues, row.queues
         )));
     }
+    measure(process, || Ok(driver.run_load(&row.load(settings))?))
+}
+
+fn drive_scsi(daemon: &Daemon, image: &Image, row: &Row, settings: &Settings) -> Result<Turn> {
+    let frontend = Frontend::over(daemon.connect()?);
+    let mut driver = ScsiDriver::start(frontend, row.queues, QUEUE_SIZE, memory_for(row))?;
+    let unit = lun(0, 0);
+    // Past the unit attention of a new driver.
+    let blocks = driver.capacity(unit)?;
+    if blocks == 0 {
+        return Err(BenchError::Usage(format!("cleave-scsi finds nothing in {}", image.path.display())));
+    }
+    measure(Some(daemon.process()), || Ok(driver.run_load(&row.load(settings), unit, blocks)?))
+}
+
+/// Bytes of each half of the guest's memory.
+fn memory_for(row: &Row) -> u64 {
+    let memory = (64 << 20) + 2 * row.block_size * u64::from(row.depth) * u64::from(row.queues);
+    memory.next_multiple_of(2 << 20)
+}
+
+fn measure(process: Option<Process>, run: impl FnOnce() -> Result<Report>) -> Result<Turn> {
     let cpu_time = |process: Option<Process>| process.and_then(|process| process.cpu_time().ok());
     let before = cpu_time(process);
-    let report = driver.run_load(&row.load(settings))?;
+    let report = run()?;
     let after = cpu_time(process);
     let requests = report.requests.max(1) as f64;
     Ok(Turn {

@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
+use super::scsi::REQUESTS;
 use super::{
-    BlockDriver, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, Result, SplitQueue, Vring,
+    BlockDriver, DriverError, Frontend, GuestRam, InflightRegion, Negotiated, Result, ScsiDriver, SplitQueue,
+    Vring,
 };
 pub use ledger::Ledger;
-use worker::{Slot, Worker};
+use worker::{Dialect, ENVELOPE, Slot, Worker};
 
 /// What to ask for.
 #[derive(Debug, Clone, Copy)]
@@ -197,7 +199,44 @@ impl BlockDriver {
         load: &Load,
         beside: impl FnOnce(&mut Beside<'_>) -> Result<T>,
     ) -> Result<(Report, T)> {
-        let aims = aim::of_queues(load, self.config()?.sectors, self.queues.len())?;
+        let sectors = self.config()?.sectors;
+        let Self { frontend, ram, queues, negotiated, ledgers, .. } = self;
+        let device = Loaded { frontend, ram, queues, negotiated, ledgers, dialect: Dialect::Block, sectors };
+        device.run(load, beside)
+    }
+}
+
+impl ScsiDriver {
+    /// Puts `load` on all request queues at once, on the disk of `sectors` blocks of 512 bytes that is the unit `lun`.
+    ///
+    /// # Errors
+    /// As those of [`BlockDriver::run_load`].
+    pub fn run_load(&mut self, load: &Load, lun: [u8; 8], sectors: u64) -> Result<Report> {
+        let Self { frontend, ram, queues, negotiated, ledgers, .. } = self;
+        let (queues, dialect) = (&mut queues[REQUESTS..], Dialect::Scsi(lun));
+        let device = Loaded { frontend, ram, queues, negotiated, ledgers, dialect, sectors };
+        device.run(load, |_| Ok(())).map(|(report, ())| report)
+    }
+}
+
+/// A device under load.
+struct Loaded<'d> {
+    frontend: &'d mut Frontend,
+    ram: &'d mut GuestRam,
+    queues: &'d mut [SplitQueue],
+    negotiated: &'d mut Negotiated,
+    ledgers: &'d mut Vec<Ledger>,
+    dialect: Dialect,
+    sectors: u64,
+}
+
+impl Loaded<'_> {
+    fn run<T>(
+        mut self,
+        load: &Load,
+        beside: impl FnOnce(&mut Beside<'_>) -> Result<T>,
+    ) -> Result<(Report, T)> {
+        let aims = aim::of_queues(load, self.sectors, self.queues.len())?;
         let mark = self.ram.mark();
         let slots: Vec<Vec<Slot>> = (0..self.queues.len()).map(|_| self.slots(load)).collect();
         self.prepare_ledgers(load, &aims);
@@ -207,48 +246,37 @@ impl BlockDriver {
             abandoned: AtomicBool::new(false),
         };
         let vrings = self.queues.iter().map(SplitQueue::vring).collect();
-        let Self { frontend, ram, queues, negotiated, ledgers, .. } = self;
-        let (ram, stop) = (&*ram, &stop);
-        let threads = if load.poll { load.threads.clamp(1, queues.len()) } else { queues.len() };
-        let mut shares: Vec<Vec<Worker<'_>>> = (0..threads).map(|_| Vec::new()).collect();
-        let parts = queues.iter_mut().zip(ledgers).zip(slots).zip(aims);
-        for (at, (((queue, ledger), slots), aim)) in parts.enumerate() {
-            let ledger = load.verify.then_some(ledger);
-            shares[at % threads].push(Worker::new(ram, queue, load, aim, ledger, slots));
-        }
-        let outcome = std::thread::scope(|scope| {
-            let running: Vec<_> =
-                shares.into_iter().map(|share| scope.spawn(move || worker::run(share, stop))).collect();
-            let mut beside_it = Beside { frontend, negotiated, ram, vrings, stop };
-            let outcome = beside(&mut beside_it);
-            if load.extent == Extent::Beside {
-                stop.asked.store(true, Ordering::Relaxed);
+        let Self { frontend, ram, queues, negotiated, ledgers, dialect, .. } = self;
+        let stop = &stop;
+        let outcome = {
+            let ram = &*ram;
+            let threads = if load.poll { load.threads.clamp(1, queues.len()) } else { queues.len() };
+            let mut shares: Vec<Vec<Worker<'_>>> = (0..threads).map(|_| Vec::new()).collect();
+            let parts = queues.iter_mut().zip(ledgers).zip(slots).zip(aims);
+            for (at, (((queue, ledger), slots), aim)) in parts.enumerate() {
+                let ledger = load.verify.then_some(ledger);
+                shares[at % threads].push(Worker::new(ram, queue, (load, dialect), aim, ledger, slots));
             }
-            if outcome.is_err() {
-                stop.abandoned.store(true, Ordering::Relaxed);
-            }
-            let mut total = Report::default();
-            let mut failed = None;
-            for thread in running {
-                match thread.join().map_err(|_| DriverError::Daemon("a load thread failed".into()))? {
-                    Ok(report) => total.merge(&report),
-                    Err(error) => failed = failed.or(Some(error)),
+            under_load(shares, stop, |stop| {
+                let mut beside_it = Beside { frontend, negotiated, ram, vrings, stop };
+                let outcome = beside(&mut beside_it);
+                if load.extent == Extent::Beside {
+                    stop.asked.store(true, Ordering::Relaxed);
                 }
-            }
-            match failed {
-                Some(error) => Err(error),
-                None => Ok((total, outcome?)),
-            }
-        })?;
+                outcome
+            })
+        }?;
         // Nothing is in flight any more.
-        self.ram.release(mark);
+        ram.release(mark);
         Ok(outcome)
     }
 
     /// Places in memory for the requests of one queue.
     fn slots(&mut self, load: &Load) -> Vec<Slot> {
         (0..load.depth)
-            .map(|_| Slot::new(self.ram.allocate(64, 64), self.ram.allocate(load.block_size.into(), 4096)))
+            .map(|_| {
+                Slot::new(self.ram.allocate(ENVELOPE, 64), self.ram.allocate(load.block_size.into(), 4096))
+            })
             .collect()
     }
 
@@ -256,7 +284,7 @@ impl BlockDriver {
     fn prepare_ledgers(&mut self, load: &Load, aims: &[aim::Aim]) {
         if load.verify && !self.ledgers_fit(load, aims) {
             let run = ledger::new_run();
-            self.ledgers = aims.iter().map(|aim| Ledger::new(run, load.block_size, aim)).collect();
+            *self.ledgers = aims.iter().map(|aim| Ledger::new(run, load.block_size, aim)).collect();
         }
         self.ledgers.resize_with(self.queues.len(), Ledger::default);
     }
@@ -265,4 +293,32 @@ impl BlockDriver {
         self.ledgers.iter().zip(aims).all(|(ledger, aim)| ledger.fits(load.block_size, aim))
             && self.ledgers.len() == aims.len()
     }
+}
+
+/// Works on all shares, while `beside` does something else.
+fn under_load<'d, T>(
+    shares: Vec<Vec<Worker<'d>>>,
+    stop: &'d Stop,
+    beside: impl FnOnce(&'d Stop) -> Result<T>,
+) -> Result<(Report, T)> {
+    std::thread::scope(|scope| {
+        let running: Vec<_> =
+            shares.into_iter().map(|share| scope.spawn(move || worker::run(share, stop))).collect();
+        let outcome = beside(stop);
+        if outcome.is_err() {
+            stop.abandoned.store(true, Ordering::Relaxed);
+        }
+        let mut total = Report::default();
+        let mut failed = None;
+        for thread in running {
+            match thread.join().map_err(|_| DriverError::Daemon("a load thread failed".into()))? {
+                Ok(report) => total.merge(&report),
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        match failed {
+            Some(error) => Err(error),
+            None => Ok((total, outcome?)),
+        }
+    })
 }

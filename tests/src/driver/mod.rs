@@ -17,6 +17,7 @@ mod memory;
 mod net;
 mod process;
 mod queue;
+mod scsi;
 
 use std::io;
 use std::time::Duration;
@@ -33,6 +34,7 @@ pub use memory::GuestRam;
 pub use net::{Frame, HEADER_LEN, NetDriver};
 pub use process::Process;
 pub use queue::{Buffer, Flags, SplitQueue, Vring};
+pub use scsi::{Answer, Command, ScsiDriver, lun};
 
 /// What no answer may take longer than.
 pub const PATIENCE: Duration = Duration::from_secs(10);

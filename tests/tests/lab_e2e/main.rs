@@ -13,6 +13,7 @@ mod memory;
 mod network;
 mod refusals;
 mod rig;
+mod scsi;
 mod survival;
 mod uarts;
 
@@ -45,6 +46,7 @@ const GROUPS: &[&str] = &[
     "network::",
     "memory::",
     "control::",
+    "scsi::",
     "boots::",
     "daemons::",
     "faults::",
@@ -71,6 +73,7 @@ fn cases() -> Vec<Case> {
         network::CASES,
         memory::CASES,
         control::CASES,
+        scsi::CASES,
     ]
     .concat()
 }

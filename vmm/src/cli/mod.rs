@@ -13,8 +13,8 @@ use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
 
 use crate::config::{
-    self, ControlAddress, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Settings,
-    UartConfig,
+    self, Cdrom, ControlAddress, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig,
+    ScsiController, ScsiDisk, Settings, UartConfig,
 };
 
 /// Bytes of a configuration file: more is no description of a machine.
@@ -157,6 +157,29 @@ pub struct RunArgs {
     #[arg(long, value_name = "KEYS|none", value_parser = |text: &str| options::parse::<NetConfig>(text, Some("kind")))]
     net: Vec<NetConfig>,
 
+    /// Add a SCSI disk, served by a cleave-scsi that is started for all of them and all CD-ROM drives:
+    /// disk=PATH[,lun=N][,target=N][,format=raw|qcow2][,readonly=on][,cache=none|writeback|writethrough][,serial=TEXT]
+    /// [,product=TEXT][,wwn=NUMBER][,on-full=error|pause][,throttle.KEY=N...]
+    ///
+    /// lun= is the first that is free unless given, target= is 0.
+    #[arg(long, value_name = "KEYS", value_parser = |text: &str| options::parse::<ScsiDisk>(text, None))]
+    scsi: Vec<ScsiDisk>,
+
+    /// Add a CD-ROM drive to the SCSI adapter: PATH|none[,lun=N][,target=N][,serial=TEXT][,wwn=NUMBER]
+    ///
+    /// PATH is an ISO image; with none the drive is empty. 'cleave-scsi ctl' changes it while the guest runs.
+    #[arg(long, value_name = "PATH|KEYS", value_parser = cdrom)]
+    cdrom: Vec<Cdrom>,
+
+    /// How the SCSI adapter is served: queues=N, control=PATH, state=PATH, poll-us=N, cpus=LIST,
+    /// restart=always|on-failure|never, restart-limit=N, id=NAME
+    ///
+    /// queues= is the number of vCPUs, at most 4, unless given. control= is a socket for 'cleave-scsi ctl', which changes
+    /// media, and adds and removes units. state= is a file that keeps reservations, and what was changed, when the daemon
+    /// is started again.
+    #[arg(long, value_name = "KEYS", value_parser = |text: &str| options::parse::<ScsiController>(text, None))]
+    scsi_controller: Option<ScsiController>,
+
     /// Attach a vhost-user daemon that someone else runs:
     /// type=NAME|NUMBER,socket=PATH[,wait=30s][,queues=N][,id=NAME]
     ///
@@ -183,6 +206,12 @@ pub struct RunArgs {
     /// Let each thread make only the system calls it has a use for [default: on]
     #[arg(long, value_name = "on|off", value_parser = on_or_off)]
     sandbox: Option<bool>,
+}
+
+fn cdrom(text: &str) -> Result<Cdrom, String> {
+    let mut cdrom: Cdrom = options::parse(text, Some("path")).map_err(|error| error.to_string())?;
+    cdrom.path = cdrom.path.filter(|path| path.as_os_str() != "none");
+    Ok(cdrom)
 }
 
 fn vcpus(text: &str) -> Result<u32, String> {
@@ -219,6 +248,9 @@ impl RunArgs {
             qmp: self.qmp,
             disk: self.disk,
             net: self.net,
+            scsi: self.scsi,
+            cdrom: self.cdrom,
+            scsi_controller: self.scsi_controller,
             device: self.device,
         };
         base.overridden_by(flags).validate().map_err(Failure::usage)

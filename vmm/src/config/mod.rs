@@ -9,6 +9,7 @@ mod device;
 mod file;
 mod memory;
 mod net;
+mod scsi;
 mod uart;
 
 use std::os::unix::ffi::OsStrExt;
@@ -23,6 +24,7 @@ pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restar
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig, Thp};
 pub use net::{NetConfig, NetDevice, NetPeer};
+pub use scsi::{Cdrom, ScsiAdapter, ScsiController, ScsiDisk};
 pub use uart::UartConfig;
 
 /// The most vCPUs a machine can have.
@@ -59,6 +61,11 @@ pub struct Settings {
     #[serde(default)]
     pub net: Vec<NetConfig>,
     #[serde(default)]
+    pub scsi: Vec<ScsiDisk>,
+    #[serde(default)]
+    pub cdrom: Vec<Cdrom>,
+    pub scsi_controller: Option<ScsiController>,
+    #[serde(default)]
     pub device: Vec<DeviceConfig>,
 }
 
@@ -79,6 +86,7 @@ pub struct MachineConfig {
     pub qmp: Vec<ControlAddress>,
     pub disks: Vec<DiskConfig>,
     pub nets: Vec<NetDevice>,
+    pub scsi: Option<ScsiAdapter>,
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -102,6 +110,8 @@ pub enum ConfigError {
     DiskThrottle { path: PathBuf, source: ThrottleError },
     #[error("--net: {0}")]
     Net(#[from] net::NetError),
+    #[error(transparent)]
+    Scsi(#[from] scsi::ScsiError),
     #[error("the tap device {0} is given twice: each network device needs one of its own")]
     DuplicateTap(String),
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
@@ -132,6 +142,8 @@ impl Settings {
         self.qmp.extend(over.qmp);
         self.disk.extend(over.disk);
         self.net.extend(over.net);
+        self.scsi.extend(over.scsi);
+        self.cdrom.extend(over.cdrom);
         self.device.extend(over.device);
         Self {
             kernel: over.kernel.or(self.kernel),
@@ -145,6 +157,9 @@ impl Settings {
             qmp: self.qmp,
             disk: self.disk,
             net: self.net,
+            scsi: self.scsi,
+            cdrom: self.cdrom,
+            scsi_controller: over.scsi_controller.or(self.scsi_controller),
             device: self.device,
         }
     }
@@ -157,7 +172,9 @@ impl Settings {
         memory.validate()?;
         check_disks(&self.disk)?;
         let nets = network_devices(self.net)?;
-        check_devices(&self.disk, &nets, &self.device)?;
+        let scsi = ScsiAdapter::new(self.scsi, self.cdrom, self.scsi_controller)?;
+        check_scsi(scsi.as_ref(), &self.disk)?;
+        check_devices(&self.disk, &nets, scsi.as_ref(), &self.device)?;
         if let Some(UartConfig::Unix(path)) = &self.uart {
             check_socket("--uart unix=", path)?;
         }
@@ -181,6 +198,7 @@ impl Settings {
             qmp: self.qmp,
             disks: self.disk,
             nets,
+            scsi,
             devices: self.device,
         })
     }
@@ -245,12 +263,28 @@ fn network_devices(nets: Vec<NetConfig>) -> Result<Vec<NetDevice>, ConfigError> 
     }
 }
 
+/// No image has two writers.
+fn check_scsi(scsi: Option<&ScsiAdapter>, disks: &[DiskConfig]) -> Result<(), ConfigError> {
+    let Some(scsi) = scsi else { return Ok(()) };
+    for (at, written) in scsi.written_images().enumerate() {
+        let mut others = scsi.written_images().skip(at + 1);
+        if others.any(|other| other == written) || disks.iter().any(|disk| disk.path == *written) {
+            return Err(ConfigError::DuplicateDisk(written.clone()));
+        }
+    }
+    match &scsi.controller.control {
+        Some(path) => check_socket("--scsi-controller control=", path),
+        None => Ok(()),
+    }
+}
+
 fn check_devices(
     disks: &[DiskConfig],
     nets: &[NetDevice],
+    scsi: Option<&ScsiAdapter>,
     devices: &[DeviceConfig],
 ) -> Result<(), ConfigError> {
-    let count = disks.len() + nets.len() + devices.len();
+    let count = disks.len() + nets.len() + usize::from(scsi.is_some()) + devices.len();
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
@@ -267,13 +301,16 @@ fn check_devices(
             check_socket("--net socket=", socket)?;
         }
     }
+    let adapter = scsi.map(ScsiAdapter::name);
     let given = disks.iter().map(|disk| &disk.id).chain(devices.iter().map(|device| &device.id)).flatten();
+    let given = given.chain(&adapter);
     if let Some(bad) = given.chain(nets.iter().map(|net| &net.name)).find(|id| !is_name(id)) {
         return Err(ConfigError::Id(bad.clone()));
     }
     let disks = disks.iter().enumerate().map(|(at, disk)| disk.name(at));
     let devices = devices.iter().enumerate().map(|(at, device)| device.name(at));
-    let mut names: Vec<_> = disks.chain(nets.iter().map(|net| net.name.clone())).chain(devices).collect();
+    let nets = nets.iter().map(|net| net.name.clone());
+    let mut names: Vec<_> = disks.chain(nets).chain(adapter.clone()).chain(devices).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(ConfigError::DuplicateId(pair[0].clone())),

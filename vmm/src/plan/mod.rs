@@ -19,7 +19,9 @@ use std::time::Duration;
 use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
-use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart};
+use crate::config::{
+    CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart, ScsiAdapter,
+};
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -122,7 +124,7 @@ fn lay_out_ram(size: u64) -> Vec<RamRegion> {
     ram
 }
 
-/// Disks first, then networks, each kind in the order given: what a guest calls vda is the first disk.
+/// Disks first, then networks, then the SCSI adapter, each kind in the order given: what a guest calls vda is the first disk.
 fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
         let name = disk.name(at);
@@ -158,13 +160,28 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
         };
         (net.name.clone(), DeviceType::NET, queues, backend)
     });
+    let scsi = config.scsi.iter().map(|adapter| {
+        let name = adapter.name();
+        let asked = adapter.controller.queues;
+        let requests = asked.unwrap_or_else(|| u16::from(config.cpus).min(DiskConfig::DEFAULT_QUEUES));
+        let backend = Backend::Spawn(DaemonSpec {
+            program: "cleave-scsi".to_owned(),
+            device: name.clone(),
+            args: scsi_arguments(adapter, requests),
+            restart: adapter.controller.restart,
+            restart_limit: adapter.controller.restart_limit,
+            io_timeout: None,
+        });
+        // Beside them there are one for control and one for events.
+        (name, DeviceType::SCSI, Some(requests + 2), backend)
+    });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {
         let name = device.name(at);
         let backend = Backend::Attach { socket: device.socket.clone(), wait: device.wait.0 };
         (name, device.r#type, device.queues, backend)
     });
     (1_u8..)
-        .zip(disks.chain(nets).chain(devices))
+        .zip(disks.chain(nets).chain(scsi).chain(devices))
         .map(|(device_number, (name, device_type, queues, backend))| SlotPlan {
             name,
             device_type,
@@ -173,6 +190,24 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             backend,
         })
         .collect()
+}
+
+fn scsi_arguments(adapter: &ScsiAdapter, requests: u16) -> Vec<OsString> {
+    let word = |key: &str, value: OsString| {
+        let mut word = OsString::from(format!("--{key}="));
+        word.push(value);
+        word
+    };
+    let controller = &adapter.controller;
+    let path = |key: &str, path: &Option<PathBuf>| path.clone().map(|path| word(key, path.into()));
+    let mut arguments: Vec<OsString> = adapter.disks.iter().map(|disk| word("lun", disk.words())).collect();
+    arguments.extend(adapter.cdroms.iter().map(|cdrom| word("cdrom", cdrom.words())));
+    arguments.push(word("num-queues", requests.to_string().into()));
+    arguments.extend(path("control", &controller.control));
+    arguments.extend(path("state", &controller.state));
+    arguments.extend(controller.poll_us.map(|us| word("poll-us", us.to_string().into())));
+    arguments.extend(controller.cpus.as_ref().map(|cpus| word("cpus", cpus.to_string().into())));
+    arguments
 }
 
 fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {

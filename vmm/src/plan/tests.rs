@@ -104,3 +104,18 @@ proptest! {
         prop_assert_eq!(plan.slots.len(), disks.len());
     }
 }
+
+#[test]
+fn all_scsi_units_are_on_one_adapter() {
+    let mut settings = Settings { kernel: Some("vmlinuz".into()), cpus: Some(2), ..Settings::default() };
+    settings.scsi = vec![options::parse("disk=a.raw,lun=1", None).unwrap()];
+    settings.scsi.push(options::parse("disk=b.qcow2,format=qcow2", None).unwrap());
+    settings.cdrom = vec![options::parse("x.iso", Some("path")).unwrap()];
+    settings.scsi_controller = Some(options::parse("control=/c,state=/s,restart=never", None).unwrap());
+    let slots = plan(&settings.validate().unwrap(), 40).unwrap().slots;
+    assert_eq!((slots.len(), slots[0].name.as_str(), slots[0].queues), (1, "scsi0", Some(4)));
+    let Backend::Spawn(spec) = &slots[0].backend else { panic!("its daemon is spawned") };
+    let expected = "--lun=disk=a.raw,lun=1 --lun=disk=b.qcow2,format=qcow2 --cdrom=path=x.iso --num-queues=2 --control=/c --state=/s";
+    assert_eq!(spec.args.join(" ".as_ref()), *expected);
+    assert_eq!((spec.program.as_str(), spec.restart), ("cleave-scsi", Restart::Never));
+}

@@ -5,13 +5,11 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use cleave_runtime::{GuestMemory, RingError, Segment};
-use cleave_storage::{Range, RangeOp, Transfer};
+use cleave_storage::{Direction, Range, RangeOp, Transfer, Waited};
 use vm_memory::{GuestAddress, VolatileSlice};
 
 use super::Queue;
-use crate::disk::Waited;
 use crate::request::{ID_LEN, Request, Status, Work, segments};
-use crate::throttle::Direction;
 
 /// What is needed to answer a request once the disk has done its part.
 #[derive(Debug, Clone, Copy, Default)]
@@ -92,7 +90,7 @@ impl Queue<'_> {
         // when nothing is in flight, and nothing parked.
         unsafe { self.engine.park_transfer(head, transfer, self.buffers.drain(..)) };
         let direction = if matches!(work, Work::Read { .. }) { Direction::Read } else { Direction::Write };
-        self.waiting.admit(head, direction, request.data_len.into(), self.disk, self.engine);
+        self.waiting.admit(head, direction, request.data_len.into(), &self.disk.admission, self.engine);
         Ok(())
     }
 
@@ -109,7 +107,7 @@ impl Queue<'_> {
         let (op, ranges) = segments::read(&self.chain, self.vring.memory(), request, work, &limits, durable)?;
         let bytes = cost(op, &ranges);
         self.engine.park_ranges(head, op, ranges);
-        self.waiting.admit(head, Direction::Write, bytes, self.disk, self.engine);
+        self.waiting.admit(head, Direction::Write, bytes, &self.disk.admission, self.engine);
         Ok(())
     }
 
@@ -130,7 +128,11 @@ impl Queue<'_> {
     pub(super) fn complete(&mut self, head: u16, result: io::Result<()>) {
         let pending = self.pending[usize::from(head)];
         if pending.found_full {
-            self.disk.end_waiting_for_room(if result.is_ok() { Waited::Room } else { Waited::Failed });
+            self.disk.admission.end_waiting_for_room(if result.is_ok() {
+                Waited::Room
+            } else {
+                Waited::Failed
+            });
             if result.is_ok() {
                 self.waiting.room_found(self.engine);
             }
@@ -162,16 +164,16 @@ impl Queue<'_> {
     pub(super) fn found_full(&mut self, head: u16, error: io::Error) {
         let pending = &mut self.pending[usize::from(head)];
         if !std::mem::replace(&mut pending.found_full, true) {
-            self.disk.begin_waiting_for_room(&error);
+            self.disk.admission.begin_waiting_for_room(&error);
         }
         if !self.stopping {
             return self.waiting.park_full(head);
         }
         self.engine.abandon(head);
         if self.leaving {
-            return self.disk.end_waiting_for_room(Waited::Left);
+            return self.disk.admission.end_waiting_for_room(Waited::Left);
         }
-        self.disk.end_waiting_for_room(Waited::Stopped);
+        self.disk.admission.end_waiting_for_room(Waited::Stopped);
         let finished = self.finish(head, self.pending[usize::from(head)], Status::IoErr);
         self.check(finished);
     }

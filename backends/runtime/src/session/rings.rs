@@ -78,6 +78,8 @@ impl RingSlot {
         let found =
             inflight.as_mut().map(|inflight| inflight.attach(self.size, ring.next_used())).transpose()?;
         let mut resubmit = VecDeque::new();
+        // Without a record, a frontend that has its guest go on says where the ring was.
+        let continues = self.position_known || self.next_avail != 0 || matches!(found, Some(Found::Used(_)));
         if let Some(Found::Used(heads)) = found {
             if !self.position_known {
                 ring.skip(heads.len() as u16);
@@ -92,6 +94,7 @@ impl RingSlot {
             call: self.call.clone(),
             err: self.err.clone(),
             started: self.started,
+            continues,
             inflight,
             resubmit,
             log: log.map(|(log, call)| Box::new(RingLog::new(log, self.log_used, call))),

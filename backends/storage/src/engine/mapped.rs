@@ -14,7 +14,7 @@ use io_uring::{opcode, types};
 
 use super::range::{Range, RangeOp, Support};
 use super::transfer::{Direction, Progress, Slot, Target};
-use super::{Engine, Token, WatchId};
+use super::{DiskId, Engine, Token, WatchId, disk_of};
 use crate::qcow2::{Buffers, Place, Port, Work};
 
 /// An engine's way to a mapped image.
@@ -28,8 +28,6 @@ pub(super) struct Mapping {
     waiting: Vec<u16>,
     /// By tag: what is under way.
     pieces: Vec<Piece>,
-    /// Requests that are over, with the bytes of aligned memory they held.
-    finished: Vec<(u16, usize, Progress)>,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -58,7 +56,7 @@ impl Engine {
     pub(super) fn submit_mapped(&mut self, tag: u16) {
         let slot = &mut self.slots[usize::from(tag)];
         let bounced = slot.bounced();
-        if let Some(mapping) = &mut self.mapping {
+        if let Some(mapping) = &mut disk_of(&mut self.disks, slot).mapping {
             let step = if slot.is_flush() { Step::Sync } else { mapping.next_step(tag, slot) };
             self.take_step(tag, step, bounced);
         }
@@ -67,20 +65,25 @@ impl Engine {
     pub(super) fn completed_mapped(&mut self, tag: u16, result: i32) {
         let slot = &mut self.slots[usize::from(tag)];
         let bounced = slot.bounced();
-        if let Some(mapping) = &mut self.mapping {
-            let step = mapping.completed(tag, slot, result, &mut self.support);
+        let disk = disk_of(&mut self.disks, slot);
+        if let Some(mapping) = &mut disk.mapping {
+            let step = mapping.completed(tag, slot, result, &mut disk.support);
             self.take_step(tag, step, bounced);
         }
     }
 
+    fn mapping(&mut self, DiskId(disk): DiskId) -> Option<&mut Mapping> {
+        self.disks.get_mut(usize::from(disk))?.as_mut()?.mapping.as_mut()
+    }
+
     /// Goes on with requests that waited for the image's worker.
-    pub(super) fn take_news(&mut self) {
-        let Some(mapping) = &mut self.mapping else { return };
+    pub(super) fn take_news(&mut self, disk: DiskId) {
+        let Some(mapping) = self.mapping(disk) else { return };
         let (done, waiting) = mapping.take_news();
         for (tag, result) in done {
             let slot = &mut self.slots[usize::from(tag)];
             let bounced = slot.bounced();
-            if let Some(mapping) = &mut self.mapping {
+            if let Some(mapping) = &mut disk_of(&mut self.disks, slot).mapping {
                 let step = mapping.job_done(tag, slot, result);
                 self.take_step(tag, step, bounced);
             }
@@ -97,16 +100,15 @@ impl Engine {
             Step::Sync => {
                 // What a write held went with its last byte; the sync after it holds nothing.
                 self.bounced -= bounced;
-                opcode::Fsync::new(self.support.image()).flags(types::FsyncFlags::DATASYNC).build()
+                let image = disk_of(&mut self.disks, slot).support.image();
+                opcode::Fsync::new(image).flags(types::FsyncFlags::DATASYNC).build()
             }
             Step::Wait => return,
             Step::Over(progress) => {
                 if matches!(progress, Progress::Done(_)) {
                     slot.free();
                 }
-                if let Some(mapping) = &mut self.mapping {
-                    mapping.finished.push((tag, bounced, progress));
-                }
+                self.finished.push((tag, bounced, progress));
                 return;
             }
         };
@@ -115,17 +117,21 @@ impl Engine {
     }
 
     pub(super) fn has_finished(&self) -> bool {
-        self.mapping.as_ref().is_some_and(|mapping| !mapping.finished.is_empty())
+        !self.finished.is_empty()
     }
 
-    pub(super) fn is_port(&self, id: WatchId) -> bool {
-        self.mapping.as_ref().is_some_and(|mapping| mapping.watch == id)
+    /// The image whose port's descriptor is watched as `id`.
+    pub(super) fn port_of(&self, id: WatchId) -> Option<DiskId> {
+        let is_its = |disk: &Option<super::Disk>| {
+            disk.as_ref().and_then(|disk| disk.mapping.as_ref()).is_some_and(|mapping| mapping.watch == id)
+        };
+        self.disks.iter().position(is_its).map(|at| DiskId(at as u16))
     }
 }
 
 impl Mapping {
     pub(super) fn new(port: Arc<Port>, files: Vec<types::Fd>, watch: WatchId) -> Self {
-        Self { port, files, watch, waiting: Vec::new(), pieces: Vec::new(), finished: Vec::new() }
+        Self { port, files, watch, waiting: Vec::new(), pieces: Vec::new() }
     }
 
     fn piece(&mut self, tag: u16) -> &mut Piece {
@@ -240,10 +246,6 @@ impl Mapping {
             }
             Err(error) => Step::Over(Progress::of_error(error, false)),
         }
-    }
-
-    pub(super) fn next_finished(&mut self) -> Option<(u16, usize, Progress)> {
-        self.finished.pop()
     }
 }
 

@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 
@@ -5,7 +6,7 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::*;
-use crate::image::{ImageFormat, ImageOptions};
+use crate::image::{CacheMode, ImageFormat, ImageOptions};
 
 const LEN: usize = 1 << 20;
 
@@ -150,7 +151,7 @@ fn zeroed_ranges_read_as_zeroes_and_nothing_else_changes() {
             for cache in [CacheMode::None, CacheMode::Writeback] {
                 let (file, mut engine) = engine(cache, 8);
                 if unsupported {
-                    engine.support.nothing();
+                    engine.disks[0].as_mut().unwrap().support.nothing();
                 }
                 ranges(&mut engine, RangeOp::WriteZeroes { unmap, durable }, &RANGES).unwrap();
                 let mut on_disk = Vec::new();
@@ -175,7 +176,7 @@ fn a_discarded_range_gives_its_storage_back_and_the_rest_stays() {
     assert_eq!(on_disk.len(), LEN);
     assert!(on_disk[..4096] == content()[..4096] && on_disk[600 << 10..] == content()[600 << 10..]);
 
-    engine.support.nothing();
+    engine.disks[0].as_mut().unwrap().support.nothing();
     ranges(&mut engine, RangeOp::Discard, &[(0, 4096)]).unwrap();
     let mut first = vec![0; 4096];
     transfer(&mut engine, Transfer::read(0), &mut [&mut first]).unwrap();
@@ -316,4 +317,53 @@ proptest! {
         let from = sector as usize * 512;
         prop_assert!(memory[shift..] == content()[from..from + total]);
     }
+}
+
+#[test]
+fn images_come_and_go_while_others_are_used() {
+    let (_file, mut engine) = engine(CacheMode::Writeback, 8);
+    let mut other = tempfile::tempfile().unwrap();
+    other.write_all(&[7; 4096]).unwrap();
+    let options = |read_only| ImageOptions {
+        path: "the other".into(),
+        format: ImageFormat::Raw,
+        read_only,
+        cache: CacheMode::Writeback,
+    };
+    let image = Arc::new(Image::from_file(other, &options(true)).unwrap());
+    let there = engine.attach(image.clone()).unwrap();
+    let mut buffers = [vec![0; 4096], vec![0; 4096]];
+    for (tag, disk) in [(0, DiskId::FIRST), (1, there)] {
+        engine.select(disk);
+        let buffer = iovec(&mut buffers[usize::from(tag)]);
+        // SAFETY: the buffers live until both are done.
+        unsafe { engine.transfer(tag, Transfer::read(0), [buffer]) };
+    }
+    for _ in 0..2 {
+        done(&mut engine).1.unwrap();
+    }
+    assert_eq!(buffers[0], content()[..4096]);
+    assert_eq!(buffers[1], [7; 4096]);
+
+    engine.detach(there);
+    assert_eq!(Arc::strong_count(&image), 1, "nothing of it is left");
+    let again = engine.attach(image).unwrap();
+    assert_eq!(again, there);
+}
+
+#[test]
+fn a_file_that_is_handed_over_is_open_for_what_it_is_for() {
+    let options = ImageOptions {
+        path: "handed".into(),
+        format: ImageFormat::Raw,
+        read_only: false,
+        cache: CacheMode::Writeback,
+    };
+    let read_only = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).unwrap();
+    let refused = Image::from_file(read_only, &options).unwrap_err();
+    assert!(refused.to_string().contains("wrong kind of access"), "{refused}");
+    let (pipe, _other) = rustix::pipe::pipe().unwrap();
+    let options = ImageOptions { read_only: true, ..options };
+    let refused = Image::from_file(pipe.into(), &options).unwrap_err();
+    assert!(refused.to_string().contains("neither a regular file"), "{refused}");
 }

@@ -4,6 +4,7 @@ use std::io;
 
 use io_uring::{opcode, squeue, types};
 
+use super::DiskId;
 use super::range::{Range, RangeJob, RangeOp, Support, Zeroes};
 use crate::bounce::{Bounce, PIECE};
 
@@ -77,6 +78,8 @@ pub(super) struct Target {
 #[derive(Default)]
 pub(super) struct Slot {
     work: Work,
+    /// Which image it is for.
+    disk: DiskId,
     /// The kernel does not have it.
     parked: bool,
     buffers: Vec<libc::iovec>,
@@ -89,6 +92,15 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    pub(super) fn disk(&self) -> DiskId {
+        self.disk
+    }
+
+    /// What begins next is for `disk`.
+    pub(super) fn aim(&mut self, disk: DiskId) {
+        self.disk = disk;
+    }
+
     pub(super) fn is_busy(&self) -> bool {
         !matches!(self.work, Work::Free)
     }

@@ -9,7 +9,57 @@ use super::super::{Buffer, DriverError, GuestRam, IoStatus, PATIENCE, RequestKin
 use super::aim::Aim;
 use super::{Ledger, Load, Report, Stop};
 
-const HEADER_LEN: u32 = 16;
+/// How a block device is asked.
+#[derive(Debug, Clone, Copy)]
+pub(in super::super) enum Dialect {
+    /// virtio-blk.
+    Block,
+    /// virtio-scsi, of this unit.
+    Scsi([u8; 8]),
+}
+
+impl Dialect {
+    /// Bytes of a request before its data, and of its answer.
+    fn lens(self) -> (u32, u32) {
+        match self {
+            Self::Block => (16, 1),
+            Self::Scsi(_) => (19 + 32, 12 + 96),
+        }
+    }
+
+    /// A request that moves `len` bytes at `sector`.
+    fn request(self, write: bool, sector: u64, len: u32) -> [u8; 51] {
+        let mut bytes = [0; 51];
+        match self {
+            Self::Block => {
+                let kind = if write { RequestKind::Out } else { RequestKind::In };
+                bytes[..4].copy_from_slice(&(kind as u32).to_le_bytes());
+                bytes[8..16].copy_from_slice(&sector.to_le_bytes());
+            }
+            Self::Scsi(lun) => {
+                bytes[..8].copy_from_slice(&lun);
+                // READ (16), WRITE (16)
+                bytes[19] = if write { 0x8a } else { 0x88 };
+                bytes[21..29].copy_from_slice(&sector.to_be_bytes());
+                bytes[29..33].copy_from_slice(&(len / 512).to_be_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// What the answer `bytes` says.
+    fn status(self, bytes: &[u8]) -> IoStatus {
+        match self {
+            Self::Block => bytes[0].into(),
+            // Status, and response.
+            Self::Scsi(_) if bytes[10..12] == [0, 0] => IoStatus::Ok,
+            Self::Scsi(_) => IoStatus::Other(bytes[10] | bytes[11]),
+        }
+    }
+}
+
+/// Bytes that a request and its answer take up at most.
+pub(super) const ENVELOPE: u64 = 192;
 
 /// One request's place in memory.
 pub(super) struct Slot {
@@ -30,6 +80,7 @@ pub(super) struct Worker<'d> {
     ram: &'d GuestRam,
     queue: &'d mut SplitQueue,
     load: &'d Load,
+    dialect: Dialect,
     aim: Aim,
     ledger: Option<&'d mut Ledger>,
     slots: Vec<Slot>,
@@ -105,14 +156,26 @@ impl<'d> Worker<'d> {
     pub(super) fn new(
         ram: &'d GuestRam,
         queue: &'d mut SplitQueue,
-        load: &'d Load,
+        (load, dialect): (&'d Load, Dialect),
         aim: Aim,
         ledger: Option<&'d mut Ledger>,
         slots: Vec<Slot>,
     ) -> Self {
         let (free, slot_of) = ((0..slots.len()).collect(), vec![0; usize::from(queue.size)]);
         let scratch = vec![0; load.block_size as usize];
-        Self { ram, queue, load, aim, ledger, slots, free, slot_of, scratch, report: Report::default() }
+        Self {
+            ram,
+            queue,
+            load,
+            dialect,
+            aim,
+            ledger,
+            slots,
+            free,
+            slot_of,
+            scratch,
+            report: Report::default(),
+        }
     }
 
     fn is_idle(&self) -> bool {
@@ -161,14 +224,19 @@ impl<'d> Worker<'d> {
             }
             self.ram.write(slot.data, &self.scratch)?;
         }
-        let kind = if write { RequestKind::Out } else { RequestKind::In };
-        self.ram.put(slot.header, u128::from(kind as u32) | u128::from(sector) << 64)?;
-        self.ram.put(slot.header + u64::from(HEADER_LEN), 0xffu8)?;
-        let chain = [
-            Buffer::to_read(slot.header, HEADER_LEN),
-            Buffer { addr: slot.data, len: self.load.block_size, device_writes: !write },
-            Buffer::to_write(slot.header + u64::from(HEADER_LEN), 1),
-        ];
+        let (header_len, answer_len) = self.dialect.lens();
+        let request = self.dialect.request(write, sector, self.load.block_size);
+        self.ram.write(slot.header, &request[..header_len as usize])?;
+        let answer = slot.header + u64::from(header_len);
+        // What no device answers.
+        self.ram.write(answer, &[0xff; 12][..answer_len.min(12) as usize])?;
+        let data = Buffer { addr: slot.data, len: self.load.block_size, device_writes: !write };
+        let (header, answer) =
+            (Buffer::to_read(slot.header, header_len), Buffer::to_write(answer, answer_len));
+        let chain = match self.dialect {
+            Dialect::Scsi(_) if !write => [header, answer, data],
+            _ => [header, data, answer],
+        };
         let head = self.queue.add(self.ram, &chain)?.ok_or(DriverError::Missing("free descriptors"))?;
         self.slot_of[usize::from(head)] = at;
         Ok(())
@@ -178,7 +246,11 @@ impl<'d> Worker<'d> {
         let at = self.slot_of[usize::from(head)];
         let slot = &self.slots[at];
         let sector = self.aim.sector(slot.block, self.load.block_size);
-        let status = IoStatus::from(self.ram.read_byte(slot.header + u64::from(HEADER_LEN))?);
+        let (header_len, answer_len) = self.dialect.lens();
+        let mut answer = [0; 12];
+        let answer = &mut answer[..answer_len.min(12) as usize];
+        self.ram.read_into(slot.header + u64::from(header_len), answer)?;
+        let status = self.dialect.status(answer);
         if status != IoStatus::Ok {
             let what = format!("status {status:?} at sector {sector}");
             return Err(DriverError::Answer { request: if slot.write { "a write" } else { "a read" }, what });

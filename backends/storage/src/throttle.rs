@@ -19,18 +19,18 @@ use cleave_common::throttle::{Limit, ThrottleConfig};
 
 /// Which way data goes. Discarding and writing zeroes count as writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Direction {
+pub enum Direction {
     Read,
     Write,
 }
 
 impl Direction {
-    pub(crate) const ALL: [Self; 2] = [Self::Read, Self::Write];
+    pub const ALL: [Self; 2] = [Self::Read, Self::Write];
 }
 
 /// The answer to a queue that wants to let a request go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Turn {
+pub enum Turn {
     /// It may go and is counted. `next`: the queue that is first in line now and is to be told.
     Go { next: Option<u16> },
     /// It is first in line; ask again when so much time has passed.
@@ -41,7 +41,7 @@ pub(crate) enum Turn {
 
 /// All limits of one disk.
 #[derive(Debug)]
-pub(crate) struct Throttle {
+pub struct Throttle {
     /// By unit: requests, bytes.
     buckets: [Buckets; 2],
     iops_size: u64,
@@ -68,7 +68,7 @@ impl Buckets {
 
 impl Throttle {
     /// `None`: nothing is limited.
-    pub(crate) fn new(config: &ThrottleConfig) -> Option<Self> {
+    pub fn new(config: &ThrottleConfig) -> Option<Self> {
         if config.is_empty() {
             return None;
         }
@@ -81,7 +81,7 @@ impl Throttle {
     }
 
     /// Whether a request of `bytes` from `queue` may go at `now`, a time since any fixed moment.
-    pub(crate) fn ask(&mut self, now: Duration, queue: u16, direction: Direction, bytes: u64) -> Turn {
+    pub fn ask(&mut self, now: Duration, queue: u16, direction: Direction, bytes: u64) -> Turn {
         let line = &mut self.lines[direction as usize];
         if line.front().is_some_and(|first| *first != queue) {
             if !line.contains(&queue) {
@@ -108,7 +108,7 @@ impl Throttle {
     }
 
     /// Counts a request that goes at `now` whether there is room or not: those after it wait the longer.
-    pub(crate) fn charge(&mut self, now: Duration, direction: Direction, bytes: u64) {
+    pub fn charge(&mut self, now: Duration, direction: Direction, bytes: u64) {
         for bucket in self.buckets.iter_mut().flat_map(|buckets| buckets.of(direction)) {
             bucket.wait(now);
         }
@@ -122,7 +122,7 @@ impl Throttle {
     }
 
     /// `queue` has nothing that waits any more. The queue that is first in line by that is to be told.
-    pub(crate) fn leave(&mut self, queue: u16, direction: Direction) -> Option<u16> {
+    pub fn leave(&mut self, queue: u16, direction: Direction) -> Option<u16> {
         let line = &mut self.lines[direction as usize];
         let was_first = line.front() == Some(&queue);
         line.retain(|other| *other != queue);

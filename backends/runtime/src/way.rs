@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use cleave_runtime::Polling;
+use crate::polling::Polling;
 
 /// Requests between two rests that say that a guest has many in flight.
 const BURST: u32 = 8;
@@ -24,8 +24,9 @@ const MEMORY: u32 = 64;
 /// Longer than the turn of one other thread. Where it takes as long as that, giving way does not pay.
 const LONG: Duration = Duration::from_millis(4);
 
+/// One queue's decision.
 #[derive(Debug)]
-pub(super) struct Way {
+pub struct Way {
     /// Requests since the last rest.
     burst: u32,
     /// Rests left until the last burst is forgotten.
@@ -33,18 +34,20 @@ pub(super) struct Way {
     pays: Polling,
 }
 
-impl Way {
-    pub(super) fn new() -> Self {
+impl Default for Way {
+    fn default() -> Self {
         Self { burst: 0, deep: 0, pays: Polling::new(LONG) }
     }
+}
 
+impl Way {
     /// A request has been fetched.
-    pub(super) fn fetched(&mut self) {
+    pub fn fetched(&mut self) {
         self.burst = self.burst.saturating_add(1);
     }
 
     /// The thread is about to sleep with nothing left to do. `true`: it has given way, and should look again.
-    pub(super) fn give(&mut self) -> bool {
+    pub fn give(&mut self) -> bool {
         if !self.is_due() {
             return false;
         }
@@ -67,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_guest_with_many_requests_is_given_way_to_for_a_while() {
-        let mut way = Way::new();
+        let mut way = Way::default();
         assert!(!way.is_due());
         (0..BURST).for_each(|_| way.fetched());
         for _ in 0..MEMORY {
@@ -79,7 +82,7 @@ mod tests {
 
     #[test]
     fn not_where_it_takes_long() {
-        let mut way = Way::new();
+        let mut way = Way::default();
         way.pays.looked(false);
         (0..BURST).for_each(|_| way.fetched());
         assert!(!way.is_due());
