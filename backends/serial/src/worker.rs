@@ -251,16 +251,19 @@ impl Worker {
     /// Serves on a thread of its own until the process ends.
     pub(crate) fn spawn(self) -> io::Result<()> {
         const STACK: usize = 256 << 10;
+        let (ready, begun) = mpsc::channel();
         let serve = move || {
             let mut worker = self;
             name_thread("queue");
-            let served = drop_memory_lock().and_then(|()| worker.run());
-            if let Err(error) = served {
+            // The filter of system calls, which takes all threads at once, is not to meet one that still begins.
+            let _ = ready.send(drop_memory_lock());
+            if let Err(error) = worker.run() {
                 tracing::error!("the ports cannot be served: {error}");
                 std::process::exit(cleave_common::exit::ExitCode::Host as i32);
             }
         };
-        thread::Builder::new().name("ports".to_owned()).stack_size(STACK).spawn(serve).map(drop)
+        thread::Builder::new().name("ports".to_owned()).stack_size(STACK).spawn(serve)?;
+        begun.recv().map_err(io::Error::other)?
     }
 
     fn run(&mut self) -> io::Result<()> {
