@@ -101,7 +101,7 @@ impl Sandbox<'_> {
         }
         raise_memlock_limit();
         capabilities::drop_most().map_err(SandboxError::Capabilities)?;
-        let control = self.control.and_then(ControlSocket::file);
+        let control = self.control.map(ControlSocket::file);
         let removes = self.removes.iter().map(PathBuf::as_path);
         let files: Vec<&Path> = endpoint.socket_file().into_iter().chain(control).chain(removes).collect();
         if !landlock::restrict(&files).map_err(SandboxError::Landlock)? {
