@@ -4,12 +4,12 @@ use std::os::fd::OwnedFd;
 
 use cleave_common::control::{ControlError, Request, nothing, value_of};
 use cleave_common::exit::Failure;
+use cleave_common::port::{self, Place, PortSpec};
 use cleave_runtime::Control;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::line::{self, Opened, OpenError, Source};
-use crate::options::{self, Place, PortSpec};
 use crate::ports::Size;
 use crate::worker::{Handle, Worker};
 
@@ -114,7 +114,7 @@ fn no_port(port: &Value) -> ControlError {
 }
 
 fn spec(text: &str) -> Result<PortSpec, ControlError> {
-    options::parse(text).map_err(refused)?.validate().map_err(refused)
+    port::parse(text).map_err(refused)?.validate().map_err(refused)
 }
 
 impl Worker {
@@ -182,7 +182,7 @@ pub(crate) fn open_for(command: &str, arguments: &mut Map<String, Value>) -> Res
     if command != "port-add" || text.is_empty() {
         return Ok(Vec::new());
     }
-    let spec = options::parse(text).map_err(Failure::usage)?.validate().map_err(Failure::usage)?;
+    let spec = port::parse(text).map_err(Failure::usage)?.validate().map_err(Failure::usage)?;
     if matches!(spec.place, Place::Stdio | Place::Inherited(_)) {
         return Err(Failure::usage("stdio and fd= are for ports that a daemon starts with"));
     }

@@ -22,10 +22,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use cleave_common::port::MAX_PORTS;
 use cleave_runtime::QueueIndex;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use crate::ports::MAX_PORTS;
 
 /// Bytes of a page.
 const PAGE: usize = 4096;

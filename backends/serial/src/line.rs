@@ -24,6 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use cleave_common::port::{Place, Sharing};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{
@@ -32,7 +33,6 @@ use rustix::net::{
 use tracing::{debug, info, warn};
 
 use crate::history::History;
-use crate::options::{Place, Sharing};
 use crate::ports::Size;
 use crate::terminal::{Terminal, size_of};
 use client::Client;

@@ -6,7 +6,6 @@ mod history;
 mod iovecs;
 mod kept;
 mod line;
-mod options;
 mod ports;
 mod sandbox;
 mod terminal;
@@ -20,12 +19,12 @@ use std::sync::Arc;
 use clap::Parser;
 use cleave_common::cli;
 use cleave_common::exit::Failure;
+use cleave_common::port::{self, MAX_PORTS, Place, PortConfig, PortError, PortSpec};
 use cleave_runtime::{CommonArgs, ControlArgs, DaemonCommand, Sandbox, Signals, capabilities_json};
 
 use admin::Admin;
 use device::Console;
-use options::{Place, PortConfig, PortSpec};
-use ports::{MAX_PORTS, SizeOrder};
+use ports::SizeOrder;
 use worker::{AddError, Worker};
 
 /// Ports that there is room for unless --max-ports= says how many, if there are not more.
@@ -46,7 +45,7 @@ struct Args {
     /// pty[,link=PATH], unix=PATH[,connect], tcp=ADDRESS:PORT, file=PATH, pipe=PATH, log=SIZE, fd=N
     ///
     /// A console is hvc0 (hvc1, ...) in a Linux guest, a port with a name /dev/virtio-ports/NAME.
-    #[arg(long, value_name = "KEYS", value_parser = options::parse, required_unless_present = "print_capabilities")]
+    #[arg(long, value_name = "KEYS", value_parser = port::parse, required_unless_present = "print_capabilities")]
     port: Vec<PortConfig>,
 
     /// Ports that there is room for, up to 31: others can be added later. 8 unless given, or as many as --port says
@@ -131,7 +130,7 @@ fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn validate(ports: Vec<PortConfig>) -> Result<Vec<PortSpec>, Failure> {
-    let refused = |error: options::PortError| Failure::usage(format!("--port: {error}"));
+    let refused = |error: PortError| Failure::usage(format!("--port: {error}"));
     ports.into_iter().map(|port| port.validate().map_err(refused)).collect()
 }
 

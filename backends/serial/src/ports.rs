@@ -17,12 +17,6 @@ mod message;
 
 pub(crate) use message::{HEADER_LEN, Message, Size, SizeOrder, Told};
 
-/// Most ports, as QEMU has it.
-pub(crate) const MAX_PORTS: u32 = 31;
-
-/// Bytes of a port's name.
-pub(crate) const MAX_NAME_LEN: usize = 128;
-
 /// What a driver has said and been told of one port, as bits that outlive this process.
 mod bit {
     pub(super) const ADDED: u32 = 1 << 0;
@@ -74,7 +68,7 @@ pub(crate) enum NoPlace {
 }
 
 impl Ports {
-    /// For up to `max` ports, 1 to [`MAX_PORTS`].
+    /// For up to `max` ports, 1 to 31.
     pub(crate) fn new(max: u32) -> Self {
         let max = max as usize;
         Self { ports: (0..max).map(|_| None).collect(), bits: vec![0; max], driver: 0 }

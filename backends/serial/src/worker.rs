@@ -24,6 +24,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Instant;
 
+use cleave_common::port::{MAX_PORTS, PortSpec};
 use cleave_common::sandbox::{drop_memory_lock, name_thread};
 use cleave_runtime::{QueueIndex, Vring};
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
@@ -32,8 +33,7 @@ use rustix::io::Errno;
 
 use crate::kept::Kept;
 use crate::line::{Line, Opened, Part, Watch};
-use crate::options::PortSpec;
-use crate::ports::{NoPlace, Ports, Size, SizeOrder};
+use crate::ports::{Nature, NoPlace, Ports, Size, SizeOrder};
 use queue::Queue;
 
 /// VIRTIO_CONSOLE_F_MULTIPORT (virtio 1.2, 5.3.3).
@@ -204,7 +204,7 @@ impl Worker {
 
     /// Adds a port with its other end, and says which it is.
     pub(crate) fn add(&mut self, spec: PortSpec, opened: Opened) -> Result<u32, AddError> {
-        let id = self.ports.add(spec.nature)?;
+        let id = self.ports.add(Nature { name: spec.name, is_console: spec.is_console })?;
         let watch = Watch { epoll: self.epoll.as_fd(), token, port: id };
         match Line::new(opened, spec.shared, &watch) {
             Ok(line) => {
@@ -426,7 +426,7 @@ impl Worker {
     fn keep_bits(&self) {
         let mut bits: Vec<u32> = self.ports.bits().collect();
         let driver = bits.pop();
-        bits.resize(crate::ports::MAX_PORTS as usize, 0);
+        bits.resize(MAX_PORTS as usize, 0);
         self.kept.set_bits(bits.into_iter().chain(driver));
     }
 

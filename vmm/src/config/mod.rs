@@ -4,6 +4,7 @@
 //! so there is one name for everything. [`Settings::validate`] makes a [`MachineConfig`] of it, in which nothing is
 //! missing and everything that can be judged without touching the host holds.
 
+mod console;
 mod device;
 mod file;
 mod memory;
@@ -17,6 +18,7 @@ use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
+pub use console::{ConsoleDevice, Port, parse as parse_port};
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig};
@@ -48,6 +50,10 @@ pub struct Settings {
     #[serde(default, deserialize_with = "memory::deserialize")]
     pub memory: Option<MemoryConfig>,
     pub uart: Option<UartConfig>,
+    #[serde(default)]
+    pub console: Vec<Port>,
+    #[serde(default)]
+    pub serial: Vec<Port>,
     pub sandbox: Option<bool>,
     #[serde(default)]
     pub disk: Vec<DiskConfig>,
@@ -72,6 +78,7 @@ pub struct MachineConfig {
     pub sandbox: bool,
     pub disks: Vec<DiskConfig>,
     pub nets: Vec<NetDevice>,
+    pub console: Option<ConsoleDevice>,
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -95,6 +102,8 @@ pub enum ConfigError {
     DiskThrottle { path: PathBuf, source: ThrottleError },
     #[error("--net: {0}")]
     Net(#[from] net::NetError),
+    #[error(transparent)]
+    Console(#[from] console::ConsoleError),
     #[error("the tap device {0} is given twice: each network device needs one of its own")]
     DuplicateTap(String),
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
@@ -120,6 +129,8 @@ impl Settings {
     pub fn overridden_by(mut self, over: Self) -> Self {
         self.disk.extend(over.disk);
         self.net.extend(over.net);
+        self.console.extend(over.console);
+        self.serial.extend(over.serial);
         self.device.extend(over.device);
         Self {
             kernel: over.kernel.or(self.kernel),
@@ -128,6 +139,8 @@ impl Settings {
             cpus: over.cpus.or(self.cpus),
             memory: over.memory.or(self.memory),
             uart: over.uart.or(self.uart),
+            console: self.console,
+            serial: self.serial,
             sandbox: over.sandbox.or(self.sandbox),
             disk: self.disk,
             net: self.net,
@@ -143,20 +156,26 @@ impl Settings {
         memory.validate()?;
         check_disks(&self.disk)?;
         let nets = network_devices(self.net)?;
-        check_devices(&self.disk, &nets, &self.device)?;
-        if let Some(UartConfig::Unix(path)) = &self.uart {
+        let console = console::device(self.console, self.serial, self.uart.as_ref())?;
+        check_devices(&self.disk, &nets, console.as_ref(), &self.device)?;
+        // The person's terminal is the console's, and the kernel prints there.
+        let at_console = console.as_ref().is_some_and(ConsoleDevice::has_terminal);
+        let append = if at_console { "console=hvc0" } else { DEFAULT_APPEND };
+        let uart = self.uart.unwrap_or(if at_console { UartConfig::Off } else { UartConfig::default() });
+        if let UartConfig::Unix(path) = &uart {
             check_socket("--uart unix=", path)?;
         }
         Ok(MachineConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
-            append: self.append.unwrap_or_else(|| DEFAULT_APPEND.to_owned()),
+            append: self.append.unwrap_or_else(|| append.to_owned()),
             cpus,
             memory,
-            uart: self.uart.unwrap_or_default(),
+            uart,
             sandbox: self.sandbox.unwrap_or(true),
             disks: self.disk,
             nets,
+            console,
             devices: self.device,
         })
     }
@@ -224,9 +243,10 @@ fn network_devices(nets: Vec<NetConfig>) -> Result<Vec<NetDevice>, ConfigError> 
 fn check_devices(
     disks: &[DiskConfig],
     nets: &[NetDevice],
+    console: Option<&ConsoleDevice>,
     devices: &[DeviceConfig],
 ) -> Result<(), ConfigError> {
-    let count = disks.len() + nets.len() + devices.len();
+    let count = disks.len() + nets.len() + console.iter().len() + devices.len();
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
@@ -249,7 +269,9 @@ fn check_devices(
     }
     let disks = disks.iter().enumerate().map(|(at, disk)| disk.name(at));
     let devices = devices.iter().enumerate().map(|(at, device)| device.name(at));
-    let mut names: Vec<_> = disks.chain(nets.iter().map(|net| net.name.clone())).chain(devices).collect();
+    let console = console.map(|_| ConsoleDevice::NAME.to_owned());
+    let nets = nets.iter().map(|net| net.name.clone());
+    let mut names: Vec<_> = disks.chain(nets).chain(console).chain(devices).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(ConfigError::DuplicateId(pair[0].clone())),

@@ -8,13 +8,13 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use cleave_common::exit::Failure;
+use cleave_common::port::Place;
 use cleave_common::socket::{self, ListenError, SocketFile};
 use rustix::fs::{FileType, Mode, OFlags, fstat};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
 
 use super::{Ends, Kind, Source};
-use crate::options::Place;
 use crate::terminal::Terminal;
 
 #[derive(Debug, thiserror::Error)]

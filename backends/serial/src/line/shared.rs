@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
+use cleave_common::port::{OnFull, Sharing};
+
 use super::{Line, TROUBLE_PAUSE};
 use crate::history::History;
 use crate::iovecs::Iovecs;
-use crate::options::{OnFull, Sharing};
 
 /// Bytes read from a client at once.
 const INPUT_CHUNK: usize = 4096;

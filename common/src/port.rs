@@ -1,15 +1,20 @@
-//! `--port`: what a port is, and where its other end is.
+//! A port of a console device as people write it: `--port` of cleave-serial, `--console` and `--serial` of the VMM.
 
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use cleave_common::options::{self, OptionError};
-use cleave_common::size::ByteSize;
-use cleave_common::socket::MAX_PATH_LEN;
 use serde::Deserialize;
 
-use crate::ports::{MAX_NAME_LEN, Nature};
+use crate::options::{self, OptionError};
+use crate::size::ByteSize;
+use crate::socket::MAX_PATH_LEN;
+
+/// Bytes of a port's name.
+pub const MAX_NAME_LEN: usize = 128;
+
+/// Most ports of a device, as QEMU has it.
+pub const MAX_PORTS: u32 = 31;
 
 /// Bytes that are kept for a reader who is slow, where more than one may read.
 const LEAST_HISTORY: u64 = 64 << 10;
@@ -20,29 +25,29 @@ const MOST_HISTORY: u64 = 64 << 20;
 /// `--port [console,][name=NAME,]WHERE[,history=SIZE][,on-full=wait|drop]`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-pub(crate) struct PortConfig {
+pub struct PortConfig {
     /// The word in front, where there is one.
-    pub(crate) kind: Option<Kind>,
-    pub(crate) name: Option<String>,
-    pub(crate) stdio: bool,
-    pub(crate) pty: bool,
+    pub kind: Option<Kind>,
+    pub name: Option<String>,
+    pub stdio: bool,
+    pub pty: bool,
     /// A symbolic link to the pseudo-terminal.
-    pub(crate) link: Option<PathBuf>,
-    pub(crate) unix: Option<PathBuf>,
+    pub link: Option<PathBuf>,
+    pub unix: Option<PathBuf>,
     /// Connect to the unix socket instead of listening on it.
-    pub(crate) connect: bool,
-    pub(crate) tcp: Option<String>,
-    pub(crate) file: Option<PathBuf>,
-    pub(crate) pipe: Option<PathBuf>,
-    pub(crate) log: Option<ByteSize>,
-    pub(crate) fd: Option<RawFd>,
-    pub(crate) history: Option<ByteSize>,
-    pub(crate) on_full: Option<OnFull>,
+    pub connect: bool,
+    pub tcp: Option<String>,
+    pub file: Option<PathBuf>,
+    pub pipe: Option<PathBuf>,
+    pub log: Option<ByteSize>,
+    pub fd: Option<RawFd>,
+    pub history: Option<ByteSize>,
+    pub on_full: Option<OnFull>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Kind {
+pub enum Kind {
     /// The guest has a terminal on it: hvc0 and so on.
     Console,
 }
@@ -50,35 +55,45 @@ pub(crate) enum Kind {
 /// What becomes of what the guest writes and nobody reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum OnFull {
+pub enum OnFull {
     /// The guest's writer waits.
     Wait,
     /// The oldest of it goes, and it is said how much that was.
     Drop,
 }
 
+impl OnFull {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Wait => "wait",
+            Self::Drop => "drop",
+        }
+    }
+}
+
 /// A port that can be opened.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct PortSpec {
-    pub(crate) nature: Nature,
-    pub(crate) place: Place,
+pub struct PortSpec {
+    pub name: Option<String>,
+    pub is_console: bool,
+    pub place: Place,
     /// `None`: one client at a time, which gets every byte once.
-    pub(crate) shared: Option<Sharing>,
+    pub shared: Option<Sharing>,
 }
 
 /// Any number of clients see what is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Sharing {
+pub struct Sharing {
     /// Bytes shown to who attaches.
-    pub(crate) history: u64,
+    pub history: u64,
     /// Bytes kept for who reads slowly; not less.
-    pub(crate) capacity: u64,
-    pub(crate) on_full: OnFull,
+    pub capacity: u64,
+    pub on_full: OnFull,
 }
 
 /// Where the other end is.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Place {
+pub enum Place {
     Stdio,
     Pty { link: Option<PathBuf> },
     UnixListen(PathBuf),
@@ -91,7 +106,7 @@ pub(crate) enum Place {
 }
 
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub(crate) enum PortError {
+pub enum PortError {
     #[error("it takes one of: stdio, pty, unix=PATH, tcp=ADDRESS:PORT, file=PATH, pipe=PATH, log=SIZE, fd=N")]
     OnePlace,
     #[error("'{0}' is for {1}")]
@@ -109,12 +124,12 @@ pub(crate) enum PortError {
 }
 
 /// Reads the value of `--port`.
-pub(crate) fn parse(text: &str) -> Result<PortConfig, OptionError> {
+pub fn parse(text: &str) -> Result<PortConfig, OptionError> {
     options::parse(text, Some("kind"))
 }
 
 impl PortConfig {
-    pub(crate) fn validate(self) -> Result<PortSpec, PortError> {
+    pub fn validate(self) -> Result<PortSpec, PortError> {
         let is_console = self.kind == Some(Kind::Console);
         if let Some(name) = self.name.as_ref().filter(|name| !is_name(name)) {
             return Err(PortError::Name(name.clone()));
@@ -124,7 +139,33 @@ impl PortConfig {
         }
         let place = self.place()?;
         let shared = self.sharing(is_console)?;
-        Ok(PortSpec { nature: Nature { name: self.name, is_console }, place, shared })
+        Ok(PortSpec { name: self.name, is_console, place, shared })
+    }
+
+    /// The text that [`parse`] makes this of.
+    pub fn to_text(&self) -> String {
+        let path = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let size = |size: ByteSize| size.0.to_string();
+        let switch = |on: bool| on.then(|| "on".to_owned());
+        let words = [
+            ("name", self.name.clone()),
+            ("stdio", switch(self.stdio)),
+            ("pty", switch(self.pty)),
+            ("link", self.link.as_ref().map(path)),
+            ("unix", self.unix.as_ref().map(path)),
+            ("connect", switch(self.connect)),
+            ("tcp", self.tcp.clone()),
+            ("file", self.file.as_ref().map(path)),
+            ("pipe", self.pipe.as_ref().map(path)),
+            ("log", self.log.map(size)),
+            ("fd", self.fd.map(|fd| fd.to_string())),
+            ("history", self.history.map(size)),
+            ("on-full", self.on_full.map(|on_full| on_full.word().to_owned())),
+        ];
+        let words = words.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+        let kind = self.kind.map(|_| "console".to_owned());
+        let words: Vec<String> = kind.into_iter().chain(words).map(|word| word.replace(',', ",,")).collect();
+        words.join(",")
     }
 
     fn place(&self) -> Result<Place, PortError> {
@@ -197,13 +238,13 @@ mod tests {
     #[test]
     fn a_port_is_a_kind_a_name_and_a_place() {
         let console = spec("console,pty,link=/run/tty").unwrap();
-        assert!(console.nature.is_console && console.nature.name.is_none());
+        assert!(console.is_console && console.name.is_none());
         assert_eq!(console.place, Place::Pty { link: Some("/run/tty".into()) });
         let sharing = Sharing { history: 0, capacity: LEAST_HISTORY, on_full: OnFull::Drop };
         assert_eq!(console.shared, Some(sharing));
         let agent = spec("name=org.qemu.guest_agent.0,unix=/run/a=b").unwrap();
         assert_eq!(agent.place, Place::UnixListen("/run/a=b".into()));
-        assert_eq!((agent.nature.name.as_deref(), agent.shared), (Some("org.qemu.guest_agent.0"), None));
+        assert_eq!((agent.name.as_deref(), agent.shared), (Some("org.qemu.guest_agent.0"), None));
         assert_eq!(spec("name=a,unix=/x,connect").unwrap().place, Place::UnixConnect("/x".into()));
         let log = spec("name=a,log=1M,history=64K").unwrap();
         let sharing = Sharing { history: 64 << 10, capacity: 1 << 20, on_full: OnFull::Drop };
@@ -211,6 +252,23 @@ mod tests {
         assert_eq!(spec("name=a,tcp=[::1]:70").unwrap().place, Place::Tcp("[::1]:70".parse().unwrap()));
         let sharing = spec("console,stdio,history=1M,on-full=wait").unwrap().shared.unwrap();
         assert_eq!((sharing.history, sharing.capacity, sharing.on_full), (1 << 20, 1 << 20, OnFull::Wait));
+    }
+
+    #[test]
+    fn a_port_is_written_as_it_is_read() {
+        for text in [
+            "console,pty,link=/run/a,,b",
+            "name=a,unix=/x,connect",
+            "console,stdio,history=64K,on-full=wait",
+            "name=a,tcp=127.0.0.1:1",
+            "console,name=c,fd=4,on-full=drop",
+            "name=f,file=/f",
+            "name=p,pipe=/p",
+            "name=l,log=1M",
+        ] {
+            let port = parse(text).unwrap();
+            assert_eq!(parse(&port.to_text()), Ok(port), "{text}");
+        }
     }
 
     #[test]
