@@ -1,9 +1,12 @@
 //! A port of a console device as people write it: `--port` of cleave-serial, `--console` and `--serial` of the VMM.
 
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::PathBuf;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 
 use crate::options::{self, OptionError};
@@ -121,6 +124,20 @@ pub enum PortError {
     Tcp(String),
     #[error("{key}={size}: 1 byte to 64M are possible")]
     Size { key: &'static str, size: ByteSize },
+}
+
+/// Has whoever serves a console on `socket` look at the size of `terminal`: a byte with a descriptor is not typed.
+///
+/// # Errors
+/// The socket takes nothing now, or never again.
+pub fn send_terminal(socket: BorrowedFd<'_>, terminal: BorrowedFd<'_>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [terminal];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    sendmsg(socket, &[IoSlice::new(&[0])], &mut control, flags)?;
+    Ok(())
 }
 
 /// Reads the value of `--port`.

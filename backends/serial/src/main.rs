@@ -107,13 +107,16 @@ fn run(args: Args) -> Result<(), Failure> {
     let signals = Signals::new().map_err(Failure::host)?;
     let max_ports = args.max_ports.unwrap_or_else(|| USUAL_PORTS.max(specs.len() as u32).min(MAX_PORTS));
     let (mut worker, handle) = Worker::new(max_ports, args.size_order).map_err(Failure::host)?;
+    let connects = specs.iter().any(|spec| matches!(spec.place, Place::UnixConnect(_)));
     let files = add_ports(&mut worker, specs, given)?;
     let control = args.control.bind()?;
+    let syscalls =
+        if connects || control.is_some() { sandbox::SYSCALLS_TO_CONNECT } else { sandbox::SYSCALLS };
     let endpoint = socket.open()?;
     let sandbox = Sandbox {
         program: "cleave-serial",
         mode,
-        syscalls: sandbox::SYSCALLS,
+        syscalls,
         ioctls: sandbox::IOCTLS,
         control: control.as_ref(),
         removes: &files,

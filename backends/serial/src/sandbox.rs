@@ -1,7 +1,16 @@
 //! What serving ports needs of the kernel, beyond what every daemon does.
 
-/// Bytes, clients, and who connects again.
+/// Bytes and clients.
 pub(crate) const SYSCALLS: &[i64] = &[
+    libc::SYS_readv,
+    libc::SYS_epoll_pwait,
+    libc::SYS_recvfrom,
+    libc::SYS_sendmmsg,
+    libc::SYS_recvmmsg,
+];
+
+/// The same for a daemon with a port that connects, or may get one.
+pub(crate) const SYSCALLS_TO_CONNECT: &[i64] = &[
     libc::SYS_readv,
     libc::SYS_epoll_pwait,
     libc::SYS_recvfrom,
@@ -9,7 +18,6 @@ pub(crate) const SYSCALLS: &[i64] = &[
     libc::SYS_recvmmsg,
     libc::SYS_socket,
     libc::SYS_connect,
-    libc::SYS_getsockopt,
 ];
 
 /// Sizes of terminals, the terminal that is given back in the end, and descriptors that do not block.

@@ -4,6 +4,7 @@
 //! other. Arguments are those of any Rust test: a filter, `--list`, `--exact`, `--skip`.
 
 mod boots;
+mod console;
 mod daemons;
 mod debian;
 mod disks;
@@ -41,6 +42,7 @@ const GROUPS: &[&str] = &[
     "survival::",
     "debian::",
     "network::",
+    "console::",
     "boots::",
     "daemons::",
     "faults::",
@@ -65,6 +67,7 @@ fn cases() -> Vec<Case> {
         refusals::CASES,
         survival::CASES,
         network::CASES,
+        console::CASES,
     ]
     .concat()
 }

@@ -211,7 +211,7 @@ pub fn nothing_left_behind() -> Outcome<()> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let left: Vec<u32> =
-            ["cleave", "cleave-block", "cleave-net"].iter().flat_map(|name| processes(name, None)).collect();
+            ["cleave", "cleave-block", "cleave-net", "cleave-serial"].iter().flat_map(|name| processes(name, None)).collect();
         if left.is_empty() {
             return Ok(());
         }

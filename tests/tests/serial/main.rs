@@ -103,3 +103,22 @@ fn read_until(stream: &mut impl Read, words: &str) -> String {
     }
     String::from_utf8_lossy(&seen).into_owned()
 }
+
+fn run_ctl(serial: &Serial, words: &[&str]) -> std::process::Output {
+    let mut command = std::process::Command::new(cleave_tests::driver::binary("cleave-serial").unwrap());
+    command.arg("ctl").arg(serial.path("control")).args(words).output().unwrap()
+}
+
+/// What the control socket answers.
+fn ctl(serial: &Serial, words: &[&str]) -> String {
+    let output = run_ctl(serial, words);
+    assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Why it does not.
+fn ctl_refused(serial: &Serial, words: &[&str]) -> String {
+    let output = run_ctl(serial, words);
+    assert!(!output.status.success(), "{words:?}");
+    String::from_utf8(output.stderr).unwrap()
+}

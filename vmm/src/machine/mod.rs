@@ -22,6 +22,7 @@ mod firmware;
 mod health;
 mod signals;
 mod supervise;
+mod terminal_link;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use event::{Event, EventQueue};
 use health::HealthTable;
 use signals::{Request, Signals};
 use supervise::Supervisor;
+use terminal_link::TerminalLink;
 
 use crate::arch::x86_64::boot::Boot;
 use crate::bus;
@@ -95,6 +97,8 @@ pub struct Machine {
     health: HealthTable,
     uart: Arc<Uart>,
     line: Line,
+    /// With `--console stdio`.
+    terminal: Option<TerminalLink>,
     power_button: Arc<bus::Event>,
     boot: Boot,
     /// Last, so that the sessions with them have ended.
@@ -105,6 +109,7 @@ impl Machine {
     /// Runs the guest until it, or somebody who may, ends it.
     pub fn run(mut self) -> Result<Ending, Failure> {
         self.line.take_terminal();
+        self.terminal.iter_mut().for_each(TerminalLink::take_terminal);
         let result = self.power_on(false).and_then(|()| self.work());
         self.shut_down();
         result
@@ -123,7 +128,9 @@ impl Machine {
                     return Ok(ending);
                 }
             }
-            for command in self.line.serve(|input| self.uart.receive(input)) {
+            let mut commands = self.line.serve(|input| self.uart.receive(input));
+            commands.extend(self.terminal.iter_mut().flat_map(TerminalLink::serve));
+            for command in commands {
                 if let Some(ending) = self.obey_key(command) {
                     return Ok(ending);
                 }
@@ -135,13 +142,15 @@ impl Machine {
 
     /// Sleeps until something wants the machine thread.
     fn wait(&self) {
-        let stalled = self.line.output().stalled();
+        let at_terminal = self.terminal.as_ref().and_then(TerminalLink::stalled);
+        let stalled = [self.line.output().stalled(), at_terminal];
         let daemons = self.daemons.fds().map(|fd| (fd, PollFlags::IN));
         let mut fds: Vec<_> = [(self.queue.wake().as_fd(), PollFlags::IN)]
             .into_iter()
             .chain(self.signals.fds().map(|fd| (fd, PollFlags::IN)))
             .chain(self.line.interest())
-            .chain(stalled.as_ref().map(|fd| (fd.as_fd(), PollFlags::OUT)))
+            .chain(self.terminal.iter().flat_map(TerminalLink::interest))
+            .chain(stalled.iter().flatten().map(|fd| (fd.as_fd(), PollFlags::OUT)))
             .chain(daemons)
             .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
             .collect();
