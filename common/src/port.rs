@@ -120,7 +120,9 @@ pub enum PortError {
     Name(String),
     #[error("{key}={path}: a path has 1 to {MAX_PATH_LEN} bytes", path = .path.display())]
     Path { key: &'static str, path: PathBuf },
-    #[error("tcp={0}: an address of this host's own and a port are needed, such as 127.0.0.1:4444 or [::1]:4444")]
+    #[error(
+        "tcp={0}: an address of this host's own and a port are needed, such as 127.0.0.1:4444 or [::1]:4444"
+    )]
     Tcp(String),
     #[error("{key}={size}: 1 byte to 64M are possible")]
     Size { key: &'static str, size: ByteSize },
@@ -209,7 +211,9 @@ impl PortConfig {
         }
         let paths = [("unix", &self.unix), ("file", &self.file), ("pipe", &self.pipe), ("link", &self.link)];
         for (key, path) in paths {
-            if let Some(path) = path.as_ref().filter(|path| !(1..=MAX_PATH_LEN).contains(&path.as_os_str().len())) {
+            if let Some(path) =
+                path.as_ref().filter(|path| !(1..=MAX_PATH_LEN).contains(&path.as_os_str().len()))
+            {
                 return Err(PortError::Path { key, path: path.clone() });
             }
         }
@@ -225,7 +229,9 @@ impl PortConfig {
         }
         if !is_console && self.history.is_none() && self.log.is_none() {
             return match self.on_full {
-                Some(OnFull::Drop) => Err(PortError::For("on-full=drop", "consoles, logs, and ports with history=")),
+                Some(OnFull::Drop) => {
+                    Err(PortError::For("on-full=drop", "consoles, logs, and ports with history="))
+                }
                 _ => Ok(None),
             };
         }

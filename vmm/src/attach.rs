@@ -27,8 +27,9 @@ enum AttachError {
 
 /// Copies between standard input and output and the console at `path`, until Ctrl-] is typed, or one of them ends.
 pub fn attach(path: &Path) -> Result<(), Failure> {
-    let console = UnixStream::connect(path)
-        .map_err(|source| Failure::device(AttachError::Connect { path: path.display().to_string(), source }))?;
+    let console = UnixStream::connect(path).map_err(|source| {
+        Failure::device(AttachError::Connect { path: path.display().to_string(), source })
+    })?;
     let mut terminal = Terminal::take().map_err(Failure::host)?;
     let mut resized = Caught::of(&[SIGWINCH]).map_err(Failure::host)?;
     let mut ended = Caught::of(&[SIGINT, SIGTERM, SIGHUP]).map_err(Failure::host)?;

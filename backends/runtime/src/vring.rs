@@ -22,8 +22,8 @@ use std::sync::Arc;
 
 use crate::memory::GuestMemory;
 pub use chain::{Chain, ChainError, MAX_SEGMENTS, Segment};
-pub use inflight::{InflightError, Kept};
 pub(crate) use inflight::{Found, InflightArea, InflightQueue};
+pub use inflight::{InflightError, Kept};
 pub(crate) use log::RingLog;
 pub(crate) use notify::Notifier;
 pub(crate) use split::SplitRing;

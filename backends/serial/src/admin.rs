@@ -9,7 +9,7 @@ use cleave_runtime::Control;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::line::{self, Opened, OpenError, Source};
+use crate::line::{self, OpenError, Opened, Source};
 use crate::ports::Size;
 use crate::worker::{Handle, Worker};
 
@@ -122,7 +122,7 @@ impl Worker {
         let is_meant = |id: &u32| {
             self.ports().nature(*id).is_some_and(|nature| match port {
                 Value::String(name) => nature.name.as_ref() == Some(name),
-                other => *other == Value::from(*id),
+                other => other.as_u64() == Some(u64::from(*id)),
             })
         };
         (0..self.ports().max()).find(is_meant).ok_or_else(|| no_port(port))
@@ -154,7 +154,8 @@ impl Worker {
     /// What is there of a log, as text, and how much there was before it.
     fn log(&mut self, id: u32) -> Result<Value, ControlError> {
         let history = self.line(id).and_then(|line| line.history());
-        let history = history.ok_or_else(|| ControlError::new("this port keeps no log: log= or history= does"))?;
+        let history =
+            history.ok_or_else(|| ControlError::new("this port keeps no log: log= or history= does"))?;
         let text = String::from_utf8_lossy(&history.from(history.start()).concat()).into_owned();
         Ok(serde_json::json!({ "dropped": history.start(), "text": text }))
     }

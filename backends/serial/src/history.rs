@@ -66,7 +66,10 @@ mod tests {
         assert_eq!((history.start(), text(&history, 0), text(&history, 2)), (0, "abc".into(), "c".into()));
         history.push(b"defghij");
         assert_eq!((history.start(), history.end(), text(&history, 2)), (2, 10, "cdefghij".into()));
-        assert_eq!((text(&history, 9), text(&history, 10), text(&history, 99)), ("j".into(), "".into(), "".into()));
+        assert_eq!(
+            (text(&history, 9), text(&history, 10), text(&history, 99)),
+            ("j".into(), "".into(), "".into())
+        );
         history.push(b"0123456789");
         assert_eq!((history.start(), history.end(), text(&history, 12)), (12, 20, "23456789".into()));
     }

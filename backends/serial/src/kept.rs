@@ -26,7 +26,6 @@ use cleave_common::port::MAX_PORTS;
 use cleave_runtime::QueueIndex;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-
 /// Bytes of a page.
 const PAGE: usize = 4096;
 
@@ -51,7 +50,8 @@ const BY_FILE: u32 = 2;
 
 /// Queues that have a record.
 const MAX_QUEUES: usize = 2 * (MAX_PORTS as usize + 1);
-const _: () = assert!(RECORDS + RECORD * MAX_QUEUES <= PAGE && BITS + 4 * (MAX_PORTS as usize + 1) <= RECORDS);
+const _: () =
+    assert!(RECORDS + RECORD * MAX_QUEUES <= PAGE && BITS + 4 * (MAX_PORTS as usize + 1) <= RECORDS);
 const _: () = assert!(size_of::<libc::msghdr>() == std::mem::offset_of!(libc::mmsghdr, msg_len));
 
 #[derive(Debug)]

@@ -108,7 +108,9 @@ pub(crate) enum Kind {
     /// A regular file, which is appended to.
     File,
     /// A pseudo-terminal's master. The slave is held open: without it the master is hung up whenever nobody else has it.
-    Pty { slave: OwnedFd },
+    Pty {
+        slave: OwnedFd,
+    },
     Other,
 }
 
@@ -283,6 +285,7 @@ impl Line {
             self.knock = true;
             self.clients.iter_mut().filter(|client| client.is_file()).for_each(|file| file.writable = true);
         }
+        self.clients.iter_mut().for_each(Client::notice_end);
         self.forget(|client| client.is_gone());
         while self.retry_at.is_none() && self.knock {
             let room = self.wants_client();

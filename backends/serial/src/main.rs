@@ -126,7 +126,12 @@ fn run(args: Args) -> Result<(), Failure> {
     worker.spawn().map_err(Failure::host)?;
     let admin = Arc::new(Admin(handle.clone()));
     let _control = control.map(|control| control.serve("cleave-serial", admin)).transpose()?;
-    let served = cleave_runtime::run(&mut Console::new(handle, max_ports, max_queue_size), endpoint, &signals, &confined);
+    let served = cleave_runtime::run(
+        &mut Console::new(handle, max_ports, max_queue_size),
+        endpoint,
+        &signals,
+        &confined,
+    );
     // Their files are removed, and the terminal is given back.
     lines.ask(Worker::close);
     served

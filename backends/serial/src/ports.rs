@@ -87,7 +87,8 @@ impl Ports {
         // One whose removal the driver does not know of is not free.
         let is_free = |at: &usize| self.ports[*at].is_none() && self.bits[*at] & bit::ADDED == 0;
         let mut free = (0..self.ports.len()).filter(is_free);
-        let at = if nature.is_console { free.next() } else { free.max_by_key(|at| (*at != 0, usize::MAX - *at)) };
+        let at =
+            if nature.is_console { free.next() } else { free.max_by_key(|at| (*at != 0, usize::MAX - *at)) };
         let at = at.ok_or(NoPlace::Full(self.ports.len()))?;
         self.ports[at] = Some(Port { nature, host_open: false, size: None });
         Ok(at as u32)
@@ -124,7 +125,10 @@ impl Ports {
 
     pub(crate) fn set_host_open(&mut self, id: u32, open: bool) {
         let Some(Some(port)) = self.ports.get_mut(id as usize) else { return };
-        if std::mem::replace(&mut port.host_open, open) && !open && self.bits[id as usize] & bit::TOLD_OPEN != 0 {
+        if std::mem::replace(&mut port.host_open, open)
+            && !open
+            && self.bits[id as usize] & bit::TOLD_OPEN != 0
+        {
             self.bits[id as usize] |= bit::CLOSED_SINCE;
         }
     }

@@ -7,6 +7,7 @@ pub(crate) const SYSCALLS: &[i64] = &[
     libc::SYS_recvfrom,
     libc::SYS_sendmmsg,
     libc::SYS_recvmmsg,
+    libc::SYS_getsockopt,
 ];
 
 /// The same for a daemon with a port that connects, or may get one.
@@ -16,6 +17,7 @@ pub(crate) const SYSCALLS_TO_CONNECT: &[i64] = &[
     libc::SYS_recvfrom,
     libc::SYS_sendmmsg,
     libc::SYS_recvmmsg,
+    libc::SYS_getsockopt,
     libc::SYS_socket,
     libc::SYS_connect,
 ];

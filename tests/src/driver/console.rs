@@ -62,6 +62,8 @@ pub struct ConsoleDriver {
     free: BTreeMap<usize, Vec<u64>>,
     control_room: u64,
     receiving: Vec<bool>,
+    /// Control messages about ports that were not added.
+    pub strays: u32,
 }
 
 fn queue_of(port: u32) -> usize {
@@ -99,6 +101,7 @@ impl ConsoleDriver {
             free: BTreeMap::new(),
             control_room,
             receiving,
+            strays: 0,
         };
         if count > 2 {
             for _ in 0..size {
@@ -196,9 +199,11 @@ impl ConsoleDriver {
             self.ports.entry(id).or_default();
             return self.tell(id, event::PORT_READY, 1);
         }
-        let port = self.ports.get_mut(&id).ok_or_else(|| {
-            DriverError::Daemon(format!("event {what} is about port {id}, which was not added"))
-        })?;
+        // What was said before the driver began again may still come.
+        let Some(port) = self.ports.get_mut(&id) else {
+            self.strays += 1;
+            return Ok(());
+        };
         match what {
             event::CONSOLE_PORT => port.console = true,
             event::PORT_OPEN => {
@@ -248,7 +253,8 @@ impl ConsoleDriver {
     pub fn reap(&mut self, port: u32) -> Result<usize> {
         let queue = queue_of(port) + 1;
         while let Some((head, _)) = self.queues[queue].pop_used(&self.ram)? {
-            let room = self.rooms.remove(&(queue, head)).ok_or(DriverError::ForeignDescriptor(head.into()))?;
+            let room =
+                self.rooms.remove(&(queue, head)).ok_or(DriverError::ForeignDescriptor(head.into()))?;
             self.free.entry(queue).or_default().push(room);
         }
         Ok(self.queues[queue].in_flight())

@@ -57,7 +57,11 @@ impl Person {
         let mut command = Command::new("setsid");
         command.args(["--ctty", "--wait"]).arg(rig.daemon("cleave")).arg("console").arg(socket);
         command.stdin(again()?).stdout(again()?).stderr(again()?);
-        let person = Self { screen: master.into(), client: command.spawn().map_err(|e| e.to_string())?, seen: String::new() };
+        let person = Self {
+            screen: master.into(),
+            client: command.spawn().map_err(|e| e.to_string())?,
+            seen: String::new(),
+        };
         person.resize(columns, rows)?;
         Ok(person)
     }
@@ -85,9 +89,12 @@ impl Person {
             let mut fds = [rustix::event::PollFd::new(&self.screen, rustix::event::PollFlags::IN)];
             match rustix::event::poll(&mut fds, timeout.as_ref()) {
                 Ok(1) => {}
-                _ => return Err(format!("{words:?} did not appear at the console; there is {:?}", self.seen)),
+                _ => {
+                    return Err(format!("{words:?} did not appear at the console; there is {:?}", self.seen));
+                }
             }
-            let count = self.screen.read(&mut chunk).map_err(|error| format!("{error} after {:?}", self.seen))?;
+            let count =
+                self.screen.read(&mut chunk).map_err(|error| format!("{error} after {:?}", self.seen))?;
             self.seen.push_str(&String::from_utf8_lossy(&chunk[..count]));
         }
     }
@@ -194,7 +201,10 @@ fn ask(path: &Path, command: &str, arguments: Value) -> Outcome<Value> {
 
 fn programs(rig: &Rig) -> Outcome<()> {
     let (agent, data) = (rig.path("agent"), rig.path("data"));
+    // The machine's terminal is hvc0, whose daemon is the one that is killed.
     let words = [
+        "--console".to_owned(),
+        "stdio".to_owned(),
         "--serial".to_owned(),
         format!("name=org.qemu.guest_agent.0,unix={}", agent.display()),
         "--serial".to_owned(),

@@ -98,7 +98,8 @@ fn what_a_client_left_unread_waits_for_the_next_one() {
 #[test]
 fn thirty_one_ports_are_open_at_once_with_one_thread_and_little_memory() {
     let ports: Vec<String> = (0..30).map(|port| format!("name=port{port},unix=@/{port}")).collect();
-    let all: Vec<&str> = std::iter::once("console,unix=@/tty").chain(ports.iter().map(String::as_str)).collect();
+    let all: Vec<&str> =
+        std::iter::once("console,unix=@/tty").chain(ports.iter().map(String::as_str)).collect();
     let mut serial = start(&all);
     let mut clients: Vec<_> = (0..30).map(|port| serial.connect(&port.to_string())).collect();
     clients.insert(0, serial.connect("tty"));
@@ -107,10 +108,10 @@ fn thirty_one_ports_are_open_at_once_with_one_thread_and_little_memory() {
     }
     serial.driver.hear_until(|driver| (0..31).all(|port| driver.port(port).host_open)).unwrap();
     for round in 0..3_u64 {
-        for (port, client) in (0..).zip(&mut clients) {
+        for (port, client) in (0u32..).zip(&mut clients) {
             client.write_all(&content(2000, round * 100 + u64::from(port))).unwrap();
         }
-        for (port, client) in (0..).zip(&mut clients) {
+        for (port, client) in (0u32..).zip(&mut clients) {
             let wanted = content(2000, round * 100 + u64::from(port));
             assert_eq!(serial.driver.read_exact(port, 2000).unwrap(), wanted);
             serial.driver.write_all(port, &wanted).unwrap();

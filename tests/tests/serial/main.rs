@@ -39,12 +39,14 @@ fn start(ports: &[&str]) -> Serial {
 fn start_with(ports: &[&str], more: &[&str]) -> Serial {
     let directory = tempfile::tempdir().unwrap();
     let place = directory.path().display().to_string();
-    let ports: Vec<String> = ports.iter().map(|port| format!("--port={}", port.replace('@', &place))).collect();
+    let ports: Vec<String> =
+        ports.iter().map(|port| format!("--port={}", port.replace('@', &place))).collect();
     let more: Vec<String> = more.iter().map(|word| word.replace('@', &place)).collect();
     let args: Vec<&str> = ports.iter().chain(&more).map(String::as_str).collect();
     let daemon = Daemon::start("cleave-serial", &args).unwrap();
     let mut driver = ConsoleDriver::connect(&daemon.socket).unwrap();
     driver.come_up(ports.len()).unwrap();
+    assert_eq!(driver.strays, 0);
     Serial { daemon, driver, directory }
 }
 

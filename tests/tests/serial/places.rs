@@ -106,7 +106,10 @@ fn files_of_ports_are_removed_in_the_end_and_what_cannot_be_is_said_before() {
     let mut serial = start(&["name=data,unix=@/data", "name=log,file=@/log"]);
     assert!(serial.path("data").exists());
     serial.daemon.signal(Signal::USR1).unwrap();
-    serial.daemon.wait_for_log("data: closed, 0 bytes from the guest, 0 to it; log: open on the host").unwrap();
+    serial
+        .daemon
+        .wait_for_log("data: closed, 0 bytes from the guest, 0 to it; log: open on the host")
+        .unwrap();
     serial.daemon.signal(Signal::TERM).unwrap();
     assert!(serial.daemon.wait().unwrap().success());
     assert!(!serial.path("data").exists() && serial.path("log").exists());
@@ -121,6 +124,10 @@ fn files_of_ports_are_removed_in_the_end_and_what_cannot_be_is_said_before() {
         let output =
             Command::new(program).args(["--socket-path", "/nonexistent/s", "--port", port]).output().unwrap();
         let said = BufReader::new(&output.stderr[..]).lines().next().unwrap().unwrap();
-        assert!(said.contains(wanted) && output.status.code() == Some(code), "{port}: {:?} {said}", output.status);
+        assert!(
+            said.contains(wanted) && output.status.code() == Some(code),
+            "{port}: {:?} {said}",
+            output.status
+        );
     }
 }

@@ -119,9 +119,7 @@ pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
         let parent_fd = terminal.try_clone().map_err(prepare)?;
         mappings.push(FdMapping { parent_fd, child_fd: ConsoleDevice::TERMINAL_FD });
     }
-    command
-        .fd_mappings(mappings)
-        .map_err(|error| prepare(io::Error::other(error)))?;
+    command.fd_mappings(mappings).map_err(|error| prepare(io::Error::other(error)))?;
     die_with_us(&mut command);
 
     let start = |source| DaemonError::Start { path: path.clone(), device: device.clone(), source };

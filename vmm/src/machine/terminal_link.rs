@@ -11,9 +11,7 @@ use std::sync::Arc;
 use cleave_common::port;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
-};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use signal_hook::consts::SIGWINCH;
 
 use crate::bus::{Caught, Event};

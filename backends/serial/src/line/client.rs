@@ -7,9 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::epoll::EventFlags;
 use rustix::fs::fstat;
 use rustix::io::{Errno, IoSliceMut};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send};
 
 use super::{Ends, Kind, Part, Watch};
 use crate::ports::Size;
@@ -60,6 +58,15 @@ impl Client {
 
     pub(super) fn is_socket(&self) -> bool {
         matches!(self.kind, Kind::Socket)
+    }
+
+    /// One that has hung up has ended once all that it sent is read, also while nobody reads.
+    pub(super) fn notice_end(&mut self) {
+        let Some(input) = self.input.as_ref().filter(|_| self.hung_up && self.is_socket()) else { return };
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        if matches!(recv(input, &mut [0; 1], flags), Ok((_, 0))) {
+            self.input = None;
+        }
     }
 
     /// Nothing goes to it, and nothing comes from it any more.

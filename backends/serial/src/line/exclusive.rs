@@ -40,7 +40,9 @@ impl Line {
     /// Sends what is left of the chain of `queue`'s record, of which `base` bytes have gone.
     pub(crate) fn send(&mut self, kept: &Kept, queue: QueueIndex, base: u32, chain: &Iovecs) -> Sent {
         loop {
-            let Some(client) = self.clients.first_mut().filter(|client| client.writable) else { return Sent::Wait };
+            let Some(client) = self.clients.first_mut().filter(|client| client.writable) else {
+                return Sent::Wait;
+            };
             let Some(output) = &client.output else { return Sent::Wait };
             let entries = chain.entries();
             let sent = match &client.kind {
@@ -89,8 +91,8 @@ impl Line {
                 Ok(0) => client.input = None,
                 Ok(count) => return Received::Bytes(count),
                 // What had come before the other side closed in a hurry is there to be read all the same.
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionReset) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionReset) => {
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     client.readable = false;
                     return Received::Wait;

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use cleave_common::exit::Failure;
@@ -56,7 +56,11 @@ pub(crate) struct Opened {
 #[derive(Debug)]
 pub(crate) enum NamedFile {
     Socket(SocketFile),
-    Link { path: PathBuf, target: PathBuf },
+    /// By its device and inode.
+    Link {
+        path: PathBuf,
+        id: (u64, u64),
+    },
 }
 
 impl NamedFile {
@@ -70,8 +74,8 @@ impl NamedFile {
 
 impl Drop for NamedFile {
     fn drop(&mut self) {
-        if let Self::Link { path, target } = self
-            && fs::read_link(&path).is_ok_and(|now| now == *target)
+        if let Self::Link { path, id } = self
+            && fs::symlink_metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == *id)
         {
             let _ = fs::remove_file(path);
         }
@@ -90,8 +94,8 @@ pub(crate) fn open(place: &Place, inherited: Option<OwnedFd>) -> Result<Opened, 
         Place::Stdio => stdio()?,
         Place::Pty { link } => pty(link.as_deref())?,
         Place::UnixListen(path) => {
-            let (listener, file) = socket::listen(path)
-                .map_err(|source| OpenError::Listen { path: path.clone(), source })?;
+            let (listener, file) =
+                socket::listen(path).map_err(|source| OpenError::Listen { path: path.clone(), source })?;
             Opened { file: Some(NamedFile::Socket(file)), ..plain(Source::Listen(listener.into())) }
         }
         Place::UnixConnect(path) => plain(Source::Connect(path.clone())),
@@ -103,7 +107,8 @@ pub(crate) fn open(place: &Place, inherited: Option<OwnedFd>) -> Result<Opened, 
         Place::File(path) => {
             // A FIFO without a reader is refused this way; otherwise its opening would wait for one.
             let flags = OFlags::NONBLOCK.bits() as i32;
-            let file = OpenOptions::new().create(true).append(true).mode(0o600).custom_flags(flags).open(path);
+            let file =
+                OpenOptions::new().create(true).append(true).mode(0o600).custom_flags(flags).open(path);
             let file: OwnedFd = file.map_err(failed(format!("file={}", path.display())))?.into();
             plain(file_end(file))
         }
@@ -199,8 +204,10 @@ fn point(link: &Path, target: &Path) -> Result<NamedFile, OpenError> {
         Ok(_) => fs::remove_file(link).map_err(failed(format!("link={}", link.display())))?,
         Err(_) => {}
     }
-    std::os::unix::fs::symlink(target, link).map_err(failed(format!("link={}", link.display())))?;
-    Ok(NamedFile::Link { path: link.to_owned(), target: target.to_owned() })
+    let what = || failed::<io::Error>(format!("link={}", link.display()));
+    std::os::unix::fs::symlink(target, link).map_err(what())?;
+    let found = fs::symlink_metadata(link).map_err(what())?;
+    Ok(NamedFile::Link { path: link.to_owned(), id: (found.dev(), found.ino()) })
 }
 
 /// PATH.in and PATH.out, made where they are not. Both are opened to read and write: so they do not wait for their other

@@ -41,7 +41,8 @@ impl Shared {
 }
 
 fn notice(missed: u64) -> Vec<u8> {
-    format!("\r\n[cleave-serial: {missed} bytes are missing here, which were not read in time]\r\n").into_bytes()
+    format!("\r\n[cleave-serial: {missed} bytes are missing here, which were not read in time]\r\n")
+        .into_bytes()
 }
 
 impl Line {

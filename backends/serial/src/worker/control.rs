@@ -2,8 +2,8 @@
 
 use cleave_runtime::{QueueIndex, RingError};
 
-use super::queue::{Direction, Queue};
 use super::Worker;
+use super::queue::{Direction, Queue};
 use crate::kept::Kept;
 use crate::ports::{HEADER_LEN, Message, Told};
 

@@ -67,7 +67,9 @@ fn transmit(queue: &mut Queue, line: &mut Line, kept: &Kept, moved: &mut u64) ->
             queue.finish(0, kept)?;
             continue;
         }
-        let Sent::Bytes(count) = line.send(kept, index, current.done, &current.iovecs) else { return Ok(false) };
+        let Sent::Bytes(count) = line.send(kept, index, current.done, &current.iovecs) else {
+            return Ok(false);
+        };
         *moved += count as u64;
         current.iovecs.advance(count);
         // A chain has less than 4 GiB.

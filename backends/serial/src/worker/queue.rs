@@ -37,7 +37,8 @@ pub(super) struct Queue {
 impl Queue {
     pub(super) fn new(vring: Vring, kept: &Kept) -> Self {
         // Where nobody remembers what is in flight, the chain is fetched again from the ring, by this process.
-        let again = |head| if vring.remembers_in_flight() { vring.comes_again(head) } else { !vring.is_fresh() };
+        let again =
+            |head| if vring.remembers_in_flight() { vring.comes_again(head) } else { !vring.is_fresh() };
         let resumed = kept.record(vring.index()).filter(|(head, _)| again(*head));
         if resumed.is_none() {
             kept.clear_record(vring.index());
@@ -118,7 +119,11 @@ impl Queue {
         let is_over = iovecs.len() == 0 || direction == Direction::ToGuest && done != 0;
         kept.set_record(self.index(), head, done);
         self.current = Some(Current { head, iovecs, done });
-        if is_over { self.finish(if direction == Direction::ToGuest { done } else { 0 }, kept) } else { Ok(()) }
+        if is_over {
+            self.finish(if direction == Direction::ToGuest { done } else { 0 }, kept)
+        } else {
+            Ok(())
+        }
     }
 
     /// Gives the current chain back to the guest, with `written` bytes in it.
