@@ -13,14 +13,14 @@
 
 mod control;
 mod data;
+mod handle;
 mod queue;
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Instant;
 
@@ -34,23 +34,12 @@ use rustix::io::Errno;
 use crate::kept::Kept;
 use crate::line::{Line, Opened, Part, Watch};
 use crate::ports::{Nature, NoPlace, Ports, Size, SizeOrder};
+use handle::Announced;
+pub(crate) use handle::{Command, Handle};
 use queue::Queue;
 
 /// VIRTIO_CONSOLE_F_MULTIPORT (virtio 1.2, 5.3.3).
 pub(crate) const MULTIPORT: u64 = 1 << 1;
-
-/// What the device wants of the thread.
-pub(crate) enum Command {
-    Start(Vring),
-    Stop(QueueIndex, Sender<Option<Vring>>),
-    Features(u64),
-    Kept(cleave_runtime::Kept, Sender<io::Result<()>>),
-    Reset,
-    /// EMERG_WRITE.
-    Print(u8),
-    /// Anything that is asked and answered at once.
-    Ask(Box<dyn FnOnce(&mut Worker) + Send>),
-}
 
 /// What a queue is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,70 +48,6 @@ enum Role {
     Transmit(u32),
     ControlReceive,
     ControlTransmit,
-}
-
-/// What the thread and the device both know.
-#[derive(Debug)]
-pub(crate) struct Announced {
-    /// Columns and rows of port 0.
-    size: AtomicU32,
-    /// Readable when it has changed.
-    changed: OwnedFd,
-}
-
-impl Announced {
-    fn new() -> io::Result<Self> {
-        let changed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { size: AtomicU32::new(0), changed })
-    }
-
-    pub(crate) fn size(&self) -> Size {
-        let size = self.size.load(Ordering::Relaxed);
-        Size { columns: size as u16, rows: (size >> 16) as u16 }
-    }
-
-    fn set_size(&self, Size { columns, rows }: Size) {
-        let size = u32::from(columns) | u32::from(rows) << 16;
-        if self.size.swap(size, Ordering::Relaxed) != size {
-            let _ = rustix::io::write(&self.changed, &1u64.to_ne_bytes());
-        }
-    }
-
-    pub(crate) fn changed_fd(&self) -> BorrowedFd<'_> {
-        self.changed.as_fd()
-    }
-
-    pub(crate) fn take_change(&self) -> bool {
-        rustix::io::read(&self.changed, &mut [0; 8]).is_ok()
-    }
-}
-
-/// The device's, and the control socket's, way to the thread.
-#[derive(Debug, Clone)]
-pub(crate) struct Handle {
-    commands: Sender<Command>,
-    wake: Arc<OwnedFd>,
-    pub(crate) announced: Arc<Announced>,
-}
-
-impl Handle {
-    pub(crate) fn command(&self, command: Command) {
-        // The thread takes them as long as the process lives.
-        let _ = self.commands.send(command);
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
-    }
-
-    /// Asks the thread something. `None`: it has ended.
-    pub(crate) fn ask<T: Send + 'static>(
-        &self,
-        question: impl FnOnce(&mut Worker) -> T + Send + 'static,
-    ) -> Option<T> {
-        let (reply, answer) = mpsc::channel();
-        self.command(Command::Ask(Box::new(move |worker| {
-            let _ = reply.send(question(worker));
-        })));
-        answer.recv().ok()
-    }
 }
 
 pub(crate) struct Worker {
