@@ -59,7 +59,7 @@ fn dependencies_point_one_way() {
 /// The floors of the VMM, from the top; see vmm/docs/architecture.md.
 const FLOORS: &[&[&str]] = &[
     &["main"],
-    &["machine", "cli", "check", "usage"],
+    &["machine", "cli", "check", "usage", "attach"],
     &["virtio", "legacy"],
     &["pci", "daemon", "arch"],
     &["vhost", "kvm", "plan"],

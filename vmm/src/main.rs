@@ -1,6 +1,7 @@
 //! The Cleave virtual machine monitor. See `docs/architecture.md` for the floors these modules are on.
 
 mod arch;
+mod attach;
 mod bus;
 mod check;
 mod cli;
@@ -32,6 +33,7 @@ fn main() -> std::process::ExitCode {
     };
     let result = match cli.command {
         Command::Run(arguments) => run(*arguments),
+        Command::Console { socket } => attach::attach(&socket),
         Command::Check { json } => return check::run(json).into(),
         Command::Memory { pids, json } => usage::run(&pids, json),
     };

@@ -91,20 +91,19 @@ impl ControlSocket {
         const STACK: usize = 256 << 10;
         let greeting = greeting(program, env!("CARGO_PKG_VERSION"));
         let server = Server::new(vec![Listener::Unix(self.listener)], &greeting);
-        let (ready, is_ready) = mpsc::channel();
+        let (ready, begun) = mpsc::channel();
         thread::Builder::new()
             .name("control".to_owned())
             .stack_size(STACK)
             .spawn(move || {
                 name_thread("control");
-                let dropped = drop_memory_lock();
-                // What comes before this the filter of system calls, which is next, does not allow.
-                let _ = ready.send(());
-                let Err(error) = dropped.and_then(|()| serve(server, &*control));
+                // The filter of system calls, which takes all threads at once, is not to meet one that still begins.
+                let _ = ready.send(drop_memory_lock());
+                let Err(error) = serve(server, &*control);
                 warn!("the control socket is closed: {error}");
             })
             .map_err(Failure::host)?;
-        is_ready.recv().map_err(Failure::internal)?;
+        begun.recv().map_err(Failure::host)?.map_err(Failure::host)?;
         Ok(ControlServer { _file: self.file })
     }
 }

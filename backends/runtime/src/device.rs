@@ -13,7 +13,7 @@ use std::os::fd::BorrowedFd;
 
 use cleave_common::virtio::DeviceType;
 
-use crate::vring::{QueueIndex, Vring};
+use crate::vring::{Kept, QueueIndex, Vring};
 
 /// Why a queue is stopped, and so what becomes of requests that cannot be completed now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +82,19 @@ pub trait Device {
     /// Empties what [`Device::change_fd`] reads from. `true` when config space has changed, of which the frontend is told.
     fn take_change(&mut self) -> bool {
         false
+    }
+
+    /// Bytes that this device wants to find as it left them when its process has been killed, at most a few pages.
+    fn kept_len(&self) -> u64 {
+        0
+    }
+
+    /// Where those bytes are from now on: beside the requests in flight, and as long as these are kept. All queues are stopped.
+    ///
+    /// # Errors
+    /// They cannot be used. The device does without.
+    fn set_kept(&mut self, _kept: Kept) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(())
     }
 
     /// Back to the state before the first session. All queues are stopped.

@@ -38,6 +38,7 @@ pub use shared::SharedError;
 pub use signals::Signals;
 pub use socket::{Endpoint, Listener, SocketError};
 pub use vring::{
-    Chain, ChainError, InflightError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring,
+    Chain, ChainError, InflightError, Kept, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment,
+    Vring,
 };
 pub use way::Way;

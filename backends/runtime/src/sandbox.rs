@@ -17,7 +17,7 @@ mod landlock;
 mod lost_memory;
 mod seccomp;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use cleave_common::exit::Failure;
@@ -68,6 +68,8 @@ pub struct Sandbox<'a> {
     pub ioctls: &'static [u64],
     /// A control socket, whose file is to be removed in the end.
     pub control: Option<&'a ControlSocket>,
+    /// Other files that are to be removed in the end.
+    pub removes: &'a [PathBuf],
 }
 
 #[derive(Debug)]
@@ -100,7 +102,8 @@ impl Sandbox<'_> {
         raise_memlock_limit();
         capabilities::drop_most().map_err(SandboxError::Capabilities)?;
         let control = self.control.map(ControlSocket::file);
-        let files: Vec<&Path> = endpoint.socket_file().into_iter().chain(control).collect();
+        let removes = self.removes.iter().map(PathBuf::as_path);
+        let files: Vec<&Path> = endpoint.socket_file().into_iter().chain(control).chain(removes).collect();
         if !landlock::restrict(&files).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");
         }

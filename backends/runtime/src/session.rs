@@ -33,7 +33,7 @@ use crate::backend_channel::BackendChannel;
 use crate::device::Device;
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
-use crate::vring::{InflightArea, Notifier};
+use crate::vring::{InflightArea, Kept, Notifier};
 pub(crate) use error::{Refusal, SessionError};
 use rings::RingSlot;
 
@@ -214,7 +214,8 @@ impl<'d> Session<'d> {
             R::SetConfig => self.set_config(message.payload()?),
             R::ResetDevice => self.reset_device(),
             R::GetInflightFd => {
-                let (made, fd) = InflightArea::create(message.payload()?, self.device.num_queues())?;
+                let (num_queues, kept) = (self.device.num_queues(), self.device.kept_len());
+                let (made, fd) = InflightArea::create(message.payload()?, num_queues, kept)?;
                 Ok(Answer::File(made.encode(), fd))
             }
             R::SetLogBase => self.set_log_base(message.payload()?, message.single_fd()?),
@@ -293,7 +294,11 @@ impl<'d> Session<'d> {
     /// A ring that runs has its heads in the old area.
     fn set_inflight(&mut self, given: Inflight, fd: OwnedFd) -> Result<Answer, Refusal> {
         self.all_stopped()?;
+        let kept = Kept::find(given, &fd, self.device.kept_len());
         self.inflight = Some(InflightArea::map(given, fd, self.device.num_queues())?);
+        if let Some(Err(error)) = kept.map(|kept| self.device.set_kept(kept)) {
+            warn!("what the last one to serve these queues left is not used: {error}");
+        }
         self.rings.iter_mut().for_each(RingSlot::forget_position);
         debug!("requests in flight are kept for {} queues", given.num_queues);
         Ok(Answer::Done)

@@ -22,8 +22,8 @@ use std::sync::Arc;
 
 use crate::memory::GuestMemory;
 pub use chain::{Chain, ChainError, MAX_SEGMENTS, Segment};
-pub use inflight::InflightError;
 pub(crate) use inflight::{Found, InflightArea, InflightQueue};
+pub use inflight::{InflightError, Kept};
 pub(crate) use log::RingLog;
 pub(crate) use notify::Notifier;
 pub(crate) use split::SplitRing;
@@ -118,6 +118,11 @@ impl Vring {
     /// Whether [`Vring::next_head`] has something to give now.
     pub fn has_available(&mut self) -> Result<bool, RingError> {
         Ok(!self.resubmit.is_empty() || self.ring.has_available()?)
+    }
+
+    /// Whether `head` was left in flight, and [`Vring::next_head`] is still to give it again.
+    pub fn comes_again(&self, head: u16) -> bool {
+        self.resubmit.contains(&head)
     }
 
     /// Reads the descriptors behind `head` into `chain`.

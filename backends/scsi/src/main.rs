@@ -154,6 +154,7 @@ fn run(args: Args) -> Result<(), Failure> {
         mode,
         syscalls: sandbox::SYSCALLS,
         ioctls: sandbox::IOCTLS,
+        removes: &[],
         control: control.as_ref(),
     };
     let confined = sandbox.enter(&endpoint)?;

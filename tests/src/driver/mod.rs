@@ -8,6 +8,7 @@
 //! tests its raw parts, to misuse them.
 
 mod block;
+pub mod console;
 mod daemon;
 mod frontend;
 mod inflight;
@@ -25,6 +26,7 @@ use std::time::Duration;
 use cleave_common::vhost_user::{ChannelError, Malformed};
 
 pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
+pub use console::ConsoleDriver;
 pub use daemon::{Daemon, binary};
 pub use frontend::{Frontend, Negotiated, USER_BASE};
 pub use inflight::InflightRegion;

@@ -4,6 +4,7 @@
 //! other. Arguments are those of any Rust test: a filter, `--list`, `--exact`, `--skip`.
 
 mod boots;
+mod console;
 mod control;
 mod daemons;
 mod debian;
@@ -47,6 +48,7 @@ const GROUPS: &[&str] = &[
     "memory::",
     "control::",
     "scsi::",
+    "console::",
     "boots::",
     "daemons::",
     "faults::",
@@ -74,6 +76,7 @@ fn cases() -> Vec<Case> {
         memory::CASES,
         control::CASES,
         scsi::CASES,
+        console::CASES,
     ]
     .concat()
 }

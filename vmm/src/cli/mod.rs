@@ -13,7 +13,7 @@ use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
 
 use crate::config::{
-    self, Cdrom, ControlAddress, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig,
+    self, Cdrom, ControlAddress, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Port,
     ScsiController, ScsiDisk, Settings, UartConfig,
 };
 
@@ -74,6 +74,12 @@ pub enum Command {
     /// Run a machine until its guest shuts down
     #[command(after_long_help = format!("{RUN_EXAMPLES}\n\n{EXIT_CODES}"))]
     Run(Box<RunArgs>),
+    /// Attach this terminal to the console of a running machine
+    Console {
+        /// The unix socket of --console unix=PATH
+        #[arg(value_name = "SOCKET")]
+        socket: PathBuf,
+    },
     /// Say what this host offers and lacks for running machines, and what to do about it
     Check {
         /// Print JSON for programs
@@ -202,6 +208,24 @@ pub struct RunArgs {
     /// other hosts can reach is refused unless exposed=on follows.
     #[arg(long, value_name = "ADDRESS")]
     qmp: Vec<ControlAddress>,
+    /// Add a console, the guest's hvc0, served by a cleave-serial that is started for it:
+    /// stdio, pty[,link=PATH], unix=PATH, tcp=ADDRESS:PORT, file=PATH, pipe=PATH or log=SIZE
+    /// [,history=SIZE][,on-full=wait|drop][,name=NAME]
+    ///
+    /// stdio is this terminal, with its size; then there is no serial port unless --uart says so, and the kernel command line
+    /// is console=hvc0 unless --append is given. 'cleave console' attaches to a unix socket. history= is what is shown to who
+    /// attaches, of what was printed before. What nobody reads in time is missing, and said so; on-full=wait has the guest
+    /// wait instead, which stops a CPU of a Linux guest.
+    #[arg(long, value_name = "KEYS", value_parser = config::parse_port)]
+    console: Vec<Port>,
+
+    /// Add a serial port, /dev/virtio-ports/NAME in the guest: name=NAME, and where as with --console but stdio; or
+    /// unix=PATH,connect
+    ///
+    /// It has one client at a time, which gets each byte once, and the guest's writer waits for it. The guest's QEMU agent
+    /// listens at name=org.qemu.guest_agent.0.
+    #[arg(long, value_name = "KEYS", value_parser = config::parse_port)]
+    serial: Vec<Port>,
 
     /// Let each thread make only the system calls it has a use for [default: on]
     #[arg(long, value_name = "on|off", value_parser = on_or_off)]
@@ -243,6 +267,8 @@ impl RunArgs {
             cpus: self.cpus,
             memory: self.memory,
             uart: self.uart,
+            console: self.console,
+            serial: self.serial,
             sandbox: self.sandbox,
             name: self.name,
             qmp: self.qmp,

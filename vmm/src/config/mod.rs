@@ -5,6 +5,7 @@
 //! missing and everything that can be judged without touching the host holds.
 
 mod address;
+mod console;
 mod device;
 mod file;
 mod memory;
@@ -20,6 +21,7 @@ use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
 pub use address::ControlAddress;
+pub use console::{ConsoleDevice, Port, parse as parse_port};
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig, Thp};
@@ -52,6 +54,10 @@ pub struct Settings {
     #[serde(default, deserialize_with = "memory::deserialize")]
     pub memory: Option<MemoryConfig>,
     pub uart: Option<UartConfig>,
+    #[serde(default)]
+    pub console: Vec<Port>,
+    #[serde(default)]
+    pub serial: Vec<Port>,
     pub sandbox: Option<bool>,
     pub name: Option<String>,
     #[serde(default)]
@@ -87,6 +93,7 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     pub nets: Vec<NetDevice>,
     pub scsi: Option<ScsiAdapter>,
+    pub console: Option<ConsoleDevice>,
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -112,6 +119,8 @@ pub enum ConfigError {
     Net(#[from] net::NetError),
     #[error(transparent)]
     Scsi(#[from] scsi::ScsiError),
+    #[error(transparent)]
+    Console(#[from] console::ConsoleError),
     #[error("the tap device {0} is given twice: each network device needs one of its own")]
     DuplicateTap(String),
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
@@ -144,6 +153,8 @@ impl Settings {
         self.net.extend(over.net);
         self.scsi.extend(over.scsi);
         self.cdrom.extend(over.cdrom);
+        self.console.extend(over.console);
+        self.serial.extend(over.serial);
         self.device.extend(over.device);
         Self {
             kernel: over.kernel.or(self.kernel),
@@ -152,6 +163,8 @@ impl Settings {
             cpus: over.cpus.or(self.cpus),
             memory: over.memory.or(self.memory),
             uart: over.uart.or(self.uart),
+            console: self.console,
+            serial: self.serial,
             sandbox: over.sandbox.or(self.sandbox),
             name: over.name.or(self.name),
             qmp: self.qmp,
@@ -172,10 +185,15 @@ impl Settings {
         memory.validate()?;
         check_disks(&self.disk)?;
         let nets = network_devices(self.net)?;
+        let console = console::device(self.console, self.serial, self.uart.as_ref())?;
         let scsi = ScsiAdapter::new(self.scsi, self.cdrom, self.scsi_controller)?;
         check_scsi(scsi.as_ref(), &self.disk)?;
-        check_devices(&self.disk, &nets, scsi.as_ref(), &self.device)?;
-        if let Some(UartConfig::Unix(path)) = &self.uart {
+        check_devices(&self.disk, &nets, scsi.as_ref(), console.as_ref(), &self.device)?;
+        // The person's terminal is the console's, and the kernel prints there.
+        let at_console = console.as_ref().is_some_and(ConsoleDevice::has_terminal);
+        let append = if at_console { "console=hvc0" } else { DEFAULT_APPEND };
+        let uart = self.uart.unwrap_or(if at_console { UartConfig::Off } else { UartConfig::default() });
+        if let UartConfig::Unix(path) = &uart {
             check_socket("--uart unix=", path)?;
         }
         for address in &self.qmp {
@@ -189,16 +207,17 @@ impl Settings {
         Ok(MachineConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
-            append: self.append.unwrap_or_else(|| DEFAULT_APPEND.to_owned()),
+            append: self.append.unwrap_or_else(|| append.to_owned()),
             cpus,
             memory,
-            uart: self.uart.unwrap_or_default(),
+            uart,
             sandbox: self.sandbox.unwrap_or(true),
             name: self.name,
             qmp: self.qmp,
             disks: self.disk,
             nets,
             scsi,
+            console,
             devices: self.device,
         })
     }
@@ -282,9 +301,11 @@ fn check_devices(
     disks: &[DiskConfig],
     nets: &[NetDevice],
     scsi: Option<&ScsiAdapter>,
+    console: Option<&ConsoleDevice>,
     devices: &[DeviceConfig],
 ) -> Result<(), ConfigError> {
-    let count = disks.len() + nets.len() + usize::from(scsi.is_some()) + devices.len();
+    let single = usize::from(scsi.is_some()) + usize::from(console.is_some());
+    let count = disks.len() + nets.len() + single + devices.len();
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
@@ -309,8 +330,9 @@ fn check_devices(
     }
     let disks = disks.iter().enumerate().map(|(at, disk)| disk.name(at));
     let devices = devices.iter().enumerate().map(|(at, device)| device.name(at));
+    let console = console.map(|_| ConsoleDevice::NAME.to_owned());
     let nets = nets.iter().map(|net| net.name.clone());
-    let mut names: Vec<_> = disks.chain(nets).chain(adapter.clone()).chain(devices).collect();
+    let mut names: Vec<_> = disks.chain(nets).chain(adapter.clone()).chain(console).chain(devices).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(ConfigError::DuplicateId(pair[0].clone())),

@@ -30,7 +30,8 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
 
-use crate::plan::DaemonSpec;
+use crate::config::ConsoleDevice;
+use crate::plan::{DaemonSpec, Terminal};
 
 mod policy;
 mod spawner;
@@ -113,9 +114,12 @@ pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
     let mut command = Command::new(&path);
     command.args(args).arg(format!("--fd={SOCKET_FD}"));
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-    command
-        .fd_mappings(vec![FdMapping { parent_fd: theirs.into(), child_fd: SOCKET_FD }])
-        .map_err(|error| prepare(io::Error::other(error)))?;
+    let mut mappings = vec![FdMapping { parent_fd: theirs.into(), child_fd: SOCKET_FD }];
+    if let Terminal::Given(terminal) = &spec.terminal {
+        let parent_fd = terminal.try_clone().map_err(prepare)?;
+        mappings.push(FdMapping { parent_fd, child_fd: ConsoleDevice::TERMINAL_FD });
+    }
+    command.fd_mappings(mappings).map_err(|error| prepare(io::Error::other(error)))?;
     die_with_us(&mut command);
 
     let start = |source| DaemonError::Start { path: path.clone(), device: device.clone(), source };

@@ -7,7 +7,15 @@ use crate::config::Restart;
 
 fn spec(program: &str, device: &str, args: Vec<std::ffi::OsString>) -> DaemonSpec {
     let (program, device) = (program.into(), device.into());
-    DaemonSpec { program, device, args, restart: Restart::Never, restart_limit: None, io_timeout: None }
+    DaemonSpec {
+        program,
+        device,
+        args,
+        restart: Restart::Never,
+        restart_limit: None,
+        io_timeout: None,
+        terminal: Terminal::None,
+    }
 }
 
 /// A shell that plays the daemon: descriptor 3 is its socket, `$0` is the option that says so.

@@ -11,6 +11,7 @@ use super::health::HealthTable;
 use super::operate::Operator;
 use super::ram;
 use super::signals::Signals;
+use super::terminal_link::TerminalLink;
 use super::{Machine, Phase};
 use crate::arch::x86_64::{cpuid, msr};
 use crate::bus;
@@ -23,7 +24,7 @@ use crate::legacy::line::Line;
 use crate::legacy::power::{self, KeyboardReset, PowerPorts};
 use crate::legacy::uart::{self, Uart};
 use crate::pci::Root;
-use crate::plan::{self, MachinePlan};
+use crate::plan::{self, Backend, MachinePlan, Terminal};
 use crate::sandbox;
 use crate::vhost::{MemoryTable, Negotiated};
 use crate::virtio::{Device, Parts};
@@ -35,13 +36,14 @@ const QUEUE_SIZE: u16 = 256;
 
 /// Builds the machine that `config` asks for. `None` if somebody asked to stop before it could run.
 pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
-    let plan = plan::plan(config, cpuid::physical_address_bits()).map_err(Failure::usage)?;
+    let mut plan = plan::plan(config, cpuid::physical_address_bits()).map_err(Failure::usage)?;
     check_sockets(&plan.slots)?;
     let boot = firmware::prepare(config, &plan)?;
     raise_file_limit();
     let queue = EventQueue::new().map_err(Failure::host)?;
     let mut signals = Signals::catch().map_err(Failure::host)?;
     let line = Line::open(&config.uart, queue.wake()).map_err(Failure::usage)?;
+    let terminal = link_terminal(&mut plan, &queue)?;
 
     let sockets = control_sockets(config)?;
 
@@ -74,6 +76,7 @@ pub fn build(config: &MachineConfig) -> Result<Option<Machine>, Failure> {
         health,
         uart,
         line,
+        terminal,
         power_button,
         boot,
         daemons,
@@ -96,6 +99,20 @@ fn start_control(sockets: Vec<ControlSocket>, events: &EventSender) -> Result<Op
     let confine = || sandbox::confine_thread(sandbox::Thread::Control);
     let control = Control::start(sockets, confine, move |asked| events.send(Event::Asked(asked)));
     control.map(Some).map_err(Failure::host)
+}
+
+/// Connects the daemon that wants the machine's terminal with it.
+fn link_terminal(plan: &mut MachinePlan, queue: &EventQueue) -> Result<Option<TerminalLink>, Failure> {
+    for slot in &mut plan.slots {
+        if let Backend::Spawn(spec) = &mut slot.backend
+            && spec.terminal == Terminal::Wanted
+        {
+            let link = TerminalLink::open(queue.wake()).map_err(Failure::usage)?;
+            spec.terminal = Terminal::Given(link.end_for_daemon());
+            return Ok(Some(link));
+        }
+    }
+    Ok(None)
 }
 
 /// A device has two descriptors a queue and a few more: the soft limit of a login session is soon too low.

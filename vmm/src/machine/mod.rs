@@ -25,6 +25,7 @@ mod operate;
 mod ram;
 mod signals;
 mod supervise;
+mod terminal_link;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -40,6 +41,7 @@ use health::HealthTable;
 use operate::Operator;
 use signals::{Request, Signals};
 use supervise::Supervisor;
+use terminal_link::TerminalLink;
 
 use crate::arch::x86_64::boot::Boot;
 use crate::bus;
@@ -111,6 +113,8 @@ pub struct Machine {
     health: HealthTable,
     uart: Arc<Uart>,
     line: Line,
+    /// With `--console stdio`.
+    terminal: Option<TerminalLink>,
     power_button: Arc<bus::Event>,
     boot: Boot,
     operator: Operator,
@@ -122,6 +126,7 @@ impl Machine {
     /// Runs the guest until it, or somebody who may, ends it.
     pub fn run(mut self) -> Result<Ending, Failure> {
         self.line.take_terminal();
+        self.terminal.iter_mut().for_each(TerminalLink::take_terminal);
         let result = self.power_on(false).and_then(|()| self.work());
         self.operator.notify(match &result {
             Ok(Ending::PowerOff) => Notice::Shutdown { guest: true, reason: "guest-shutdown" },
@@ -148,7 +153,9 @@ impl Machine {
                     return Ok(ending);
                 }
             }
-            for command in self.line.serve(|input| self.uart.receive(input)) {
+            let mut commands = self.line.serve(|input| self.uart.receive(input));
+            commands.extend(self.terminal.iter_mut().flat_map(TerminalLink::serve));
+            for command in commands {
                 if let Some(ending) = self.obey_key(command) {
                     return Ok(ending);
                 }
@@ -160,13 +167,15 @@ impl Machine {
 
     /// Sleeps until something wants the machine thread.
     fn wait(&self) {
-        let stalled = self.line.output().stalled();
+        let at_terminal = self.terminal.as_ref().and_then(TerminalLink::stalled);
+        let stalled = [self.line.output().stalled(), at_terminal];
         let daemons = self.daemons.fds().map(|fd| (fd, PollFlags::IN));
         let mut fds: Vec<_> = [(self.queue.wake().as_fd(), PollFlags::IN)]
             .into_iter()
             .chain(self.signals.fds().map(|fd| (fd, PollFlags::IN)))
             .chain(self.line.interest())
-            .chain(stalled.as_ref().map(|fd| (fd.as_fd(), PollFlags::OUT)))
+            .chain(self.terminal.iter().flat_map(TerminalLink::interest))
+            .chain(stalled.iter().flatten().map(|fd| (fd.as_fd(), PollFlags::OUT)))
             .chain(daemons)
             .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
             .collect();

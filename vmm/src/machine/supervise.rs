@@ -257,6 +257,7 @@ mod tests {
 
     use super::super::event::EventQueue;
     use super::*;
+    use crate::plan::Terminal;
 
     const SLOT: SlotIndex = SlotIndex(3);
 
@@ -264,7 +265,15 @@ mod tests {
     fn supervised(restart: Restart, restart_limit: Option<u32>) -> Supervisor {
         let args = vec!["-c".into(), "read x <&3".into()];
         let (program, device) = ("sh".to_owned(), "disk0".to_owned());
-        let spec = DaemonSpec { program, device, args, restart, restart_limit, io_timeout: None };
+        let spec = DaemonSpec {
+            program,
+            device,
+            args,
+            restart,
+            restart_limit,
+            io_timeout: None,
+            terminal: Terminal::None,
+        };
         let mut supervisor = Supervisor::default();
         let (_pid, socket) = supervisor.start(SLOT, &spec).unwrap();
         // Its end is its end, and not that of its socket.

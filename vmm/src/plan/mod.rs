@@ -13,14 +13,17 @@
 //! ```
 
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
 use crate::config::{
-    CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart, ScsiAdapter,
+    CacheMode, ConsoleDevice, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart,
+    ScsiAdapter,
 };
 use crate::memory::RamRegion;
 
@@ -90,7 +93,33 @@ pub struct DaemonSpec {
     pub restart_limit: Option<u32>,
     /// How long it may complete nothing of a queue that has work; without end if absent.
     pub io_timeout: Option<Duration>,
+    /// What it finds at [`ConsoleDevice::TERMINAL_FD`].
+    pub terminal: Terminal,
 }
+
+/// The end of a connection to the machine's terminal, which a daemon inherits, and its successors after it.
+#[derive(Debug, Clone, Default)]
+pub enum Terminal {
+    /// The daemon does not have it.
+    #[default]
+    None,
+    /// It is to have it.
+    Wanted,
+    Given(Arc<OwnedFd>),
+}
+
+/// Two are the same that are of the same connection.
+impl PartialEq for Terminal {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::None, Self::None) | (Self::Wanted, Self::Wanted) => true,
+            (Self::Given(a), Self::Given(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+impl Eq for Terminal {}
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
@@ -124,7 +153,7 @@ fn lay_out_ram(size: u64) -> Vec<RamRegion> {
     ram
 }
 
-/// Disks first, then networks, then the SCSI adapter, each kind in the order given: what a guest calls vda is the first disk.
+/// Disks first, then networks, then the SCSI adapter, then the console, each kind in the order given: what a guest calls vda is the first disk.
 fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
         let name = disk.name(at);
@@ -137,6 +166,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             restart: disk.restart,
             restart_limit: disk.restart_limit,
             io_timeout: disk.io_timeout.map(|timeout| timeout.0),
+            terminal: Terminal::None,
         });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
@@ -151,6 +181,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
                     restart: settings.restart.unwrap_or_default(),
                     restart_limit: settings.restart_limit,
                     io_timeout: None,
+                    terminal: Terminal::None,
                 };
                 (None, Backend::Spawn(spec))
             }
@@ -171,9 +202,23 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             restart: adapter.controller.restart,
             restart_limit: adapter.controller.restart_limit,
             io_timeout: None,
+            terminal: Terminal::None,
         });
         // Beside them there are one for control and one for events.
         (name, DeviceType::SCSI, Some(requests + 2), backend)
+    });
+    let console = config.console.as_ref().map(|console| {
+        let name = ConsoleDevice::NAME.to_owned();
+        let spec = DaemonSpec {
+            program: "cleave-serial".to_owned(),
+            device: name.clone(),
+            args: console.texts().map(|port| format!("--port={port}").into()).collect(),
+            restart: Restart::Always,
+            restart_limit: None,
+            io_timeout: None,
+            terminal: if console.has_terminal() { Terminal::Wanted } else { Terminal::None },
+        };
+        (name, DeviceType::CONSOLE, None, Backend::Spawn(spec))
     });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {
         let name = device.name(at);
@@ -181,7 +226,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
         (name, device.r#type, device.queues, backend)
     });
     (1_u8..)
-        .zip(disks.chain(nets).chain(scsi).chain(devices))
+        .zip(disks.chain(nets).chain(scsi).chain(console).chain(devices))
         .map(|(device_number, (name, device_type, queues, backend))| SlotPlan {
             name,
             device_type,

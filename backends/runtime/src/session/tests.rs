@@ -156,7 +156,7 @@ fn what_a_device_leaves_unfinished_comes_again_with_the_next_start() {
     let table = MemoryTable { regions: vec![region] };
     tell(&mut session, FrontendRequest::SetMemTable, &table, vec![memory]);
     let wanted = Inflight { num_queues: 1, queue_size: 16, ..Inflight::default() };
-    let (made, fd) = InflightArea::create(wanted, 1).unwrap();
+    let (made, fd) = InflightArea::create(wanted, 1, 0).unwrap();
     tell(&mut session, FrontendRequest::SetInflightFd, &made, vec![fd]);
     let addr =
         VringAddr { descriptor: USER, available: USER + 0x1000, used: USER + 0x2000, ..VringAddr::default() };

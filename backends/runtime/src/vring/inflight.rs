@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use cleave_common::vhost_user::Inflight;
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{AtomicAccess, Bytes, VolatileMemory, VolatileMemoryError};
 
@@ -82,6 +83,30 @@ fn stride(queue_size: u16) -> usize {
     (HEADER_LEN + STATE_LEN * usize::from(queue_size)).next_multiple_of(ALIGN)
 }
 
+/// What the frontend keeps for the device itself: it does not know, for it keeps the whole file of which it was told the
+/// first part. Zeros when nobody has used it.
+#[derive(Debug)]
+pub struct Kept {
+    /// It cannot shrink.
+    pub fd: OwnedFd,
+    /// A multiple of a page.
+    pub offset: u64,
+}
+
+impl Kept {
+    const PAGE: u64 = 4096;
+
+    /// `None`: `fd`, which is that of the area `given`, has no such part. Another backend has made it.
+    pub(crate) fn find(given: Inflight, fd: &OwnedFd, len: u64) -> Option<Self> {
+        let end = given.mmap_offset.checked_add(given.mmap_size)?;
+        let offset = end.checked_next_multiple_of(Self::PAGE)?;
+        let sealed = fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        let file_len = u64::try_from(fstat(fd).ok()?.st_size).ok()?;
+        let fits = len != 0 && sealed && offset.checked_add(len)? <= file_len;
+        fits.then(|| fd.try_clone().ok()).flatten().map(|fd| Self { fd, offset })
+    }
+}
+
 /// What the frontend keeps for all queues.
 #[derive(Debug, Clone)]
 pub(crate) struct InflightArea {
@@ -98,10 +123,16 @@ impl InflightArea {
         Ok(stride(queue_size) as u64 * u64::from(num_queues))
     }
 
-    /// GET_INFLIGHT_FD: a fresh area for the frontend to keep. It is used once it comes back.
-    pub(crate) fn create(wanted: Inflight, max_queues: u16) -> Result<(Inflight, OwnedFd), InflightError> {
+    /// GET_INFLIGHT_FD: a fresh area for the frontend to keep, with `kept` bytes of the device's behind it. It is used once it
+    /// comes back.
+    pub(crate) fn create(
+        wanted: Inflight,
+        max_queues: u16,
+        kept: u64,
+    ) -> Result<(Inflight, OwnedFd), InflightError> {
         let mmap_size = Self::check(wanted.num_queues, wanted.queue_size, max_queues)?;
-        let fd = sealed_memfd("vhost-inflight", mmap_size)?;
+        let file_len = if kept == 0 { mmap_size } else { mmap_size.next_multiple_of(Kept::PAGE) + kept };
+        let fd = sealed_memfd("vhost-inflight", file_len)?;
         Ok((Inflight { mmap_size, mmap_offset: 0, ..wanted }, fd))
     }
 

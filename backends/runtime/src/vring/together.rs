@@ -62,7 +62,7 @@ mod tests {
         // 0: before the used index moved; then after so many of the region's own steps.
         for steps in 0..=4 {
             let wanted = Inflight { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: 16 };
-            let (made, fd) = InflightArea::create(wanted, 1).unwrap();
+            let (made, fd) = InflightArea::create(wanted, 1, 0).unwrap();
             let queue = || {
                 let area = InflightArea::map(made, fd.try_clone().unwrap(), 1).unwrap();
                 area.queue(QueueIndex(0)).unwrap()

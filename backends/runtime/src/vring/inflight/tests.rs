@@ -12,7 +12,7 @@ fn wanted(num_queues: u16, queue_size: u16) -> Inflight {
 
 /// An area of two queues as the frontend keeps it.
 fn kept() -> (Inflight, OwnedFd) {
-    InflightArea::create(wanted(2, SIZE), 2).unwrap()
+    InflightArea::create(wanted(2, SIZE), 2, 0).unwrap()
 }
 
 /// Queue 1 as a new process finds it.
@@ -158,7 +158,7 @@ fn regions_that_do_not_fit_are_refused() {
 #[test]
 fn areas_that_cannot_be_mapped_are_refused() {
     for (num_queues, queue_size) in [(0, 16), (3, 16), (1, 0), (1, 32769)] {
-        assert!(InflightArea::create(wanted(num_queues, queue_size), 2).is_err());
+        assert!(InflightArea::create(wanted(num_queues, queue_size), 2, 0).is_err());
     }
     let (good, fd) = kept();
     let map = |given: Inflight, fd: &dyn AsFd| {
@@ -219,4 +219,16 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_a_device_keeps_is_behind_what_the_frontend_was_told_of() {
+    let (made, fd) = InflightArea::create(wanted(2, SIZE), 2, 100).unwrap();
+    let kept = Kept::find(made, &fd, 100).unwrap();
+    assert!(kept.offset >= made.mmap_size && kept.offset.is_multiple_of(Kept::PAGE));
+    assert!(Kept::find(made, &fd, 101).is_none() && Kept::find(made, &fd, 0).is_none());
+    let far = Inflight { mmap_offset: u64::MAX - 5, ..made };
+    assert!(Kept::find(far, &fd, 100).is_none());
+    let (made, fd) = kept();
+    assert!(Kept::find(made, &fd, 100).is_none(), "another backend's");
 }
