@@ -32,7 +32,10 @@ fn start(rig: &Rig, words: &[String]) -> Outcome<Vm> {
     let disk = std::env::var_os("LAB_DISK0").map(PathBuf::from).ok_or("there is no disk in $LAB_DISK0")?;
     let mut command = rig.cleave(["run", "--kernel"]);
     command.arg(&rig.debian.kernel).arg("--initrd").arg(&rig.debian.initrd);
-    command.args(["--append", "console=ttyS0 console=hvc0 root=/dev/vda quiet"]);
+    command.args([
+        "--append",
+        "console=ttyS0 console=hvc0 root=/dev/vda quiet systemd.wants=serial-getty@hvc0.service",
+    ]);
     command.args(["--cpus", "2", "--memory", "512M", "--disk", &disk.display().to_string()]);
     command.args(words);
     Vm::start(&mut command)

@@ -224,8 +224,8 @@ proptest! {
 #[test]
 fn what_a_device_keeps_is_behind_what_the_frontend_was_told_of() {
     let (made, fd) = InflightArea::create(wanted(2, SIZE), 2, 100).unwrap();
-    let kept = Kept::find(made, &fd, 100).unwrap();
-    assert!(kept.offset >= made.mmap_size && kept.offset.is_multiple_of(Kept::PAGE));
+    let found = Kept::find(made, &fd, 100).unwrap();
+    assert!(found.offset >= made.mmap_size && found.offset.is_multiple_of(Kept::PAGE));
     assert!(Kept::find(made, &fd, 101).is_none() && Kept::find(made, &fd, 0).is_none());
     let far = Inflight { mmap_offset: u64::MAX - 5, ..made };
     assert!(Kept::find(far, &fd, 100).is_none());
