@@ -71,6 +71,7 @@ const TABLE: &[Entry] = &[
 impl DeviceType {
     pub const NET: Self = Self(1);
     pub const BLOCK: Self = Self(2);
+    pub const BALLOON: Self = Self(5);
 
     /// The id on the wire; the PCI device id is `0x1040 +` this (virtio 1.2, 4.1.2).
     pub const fn id(self) -> u8 {

@@ -7,6 +7,7 @@
 //! The rings are this crate's own, driver side; nothing is shared with the daemon's but the wire codec. Each layer gives
 //! tests its raw parts, to misuse them.
 
+mod balloon;
 mod block;
 mod daemon;
 mod frontend;
@@ -23,6 +24,7 @@ use std::time::Duration;
 
 use cleave_common::vhost_user::{ChannelError, Malformed};
 
+pub use balloon::{BALLOON_PAGE, BalloonConfig, BalloonDriver};
 pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
 pub use daemon::{Daemon, binary};
 pub use frontend::{Frontend, Negotiated, USER_BASE};
