@@ -32,6 +32,8 @@ impl From<BalloonError> for Failure {
 pub(crate) struct Balloon {
     shared: Arc<Shared>,
     max_queue_size: u16,
+    /// Whether the driver may report free pages.
+    reporting: bool,
     /// By role.
     threads: Vec<QueueThread>,
     /// By index: what a queue that runs is for.
@@ -39,9 +41,13 @@ pub(crate) struct Balloon {
 }
 
 impl Balloon {
-    pub(crate) fn new(shared: Arc<Shared>, max_queue_size: u16) -> Result<Self, BalloonError> {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        max_queue_size: u16,
+        reporting: bool,
+    ) -> Result<Self, BalloonError> {
         let threads = Role::ALL.into_iter().map(|role| spawn(&shared, role)).collect::<Result<_, _>>()?;
-        Ok(Self { shared, max_queue_size, threads, running: [None; Role::ALL.len()] })
+        Ok(Self { shared, max_queue_size, reporting, threads, running: [None; Role::ALL.len()] })
     }
 }
 
@@ -77,7 +83,8 @@ impl Device for Balloon {
 
     fn features(&self) -> u64 {
         use feature as f;
-        f::STATS_VQ | f::DEFLATE_ON_OOM | f::FREE_PAGE_HINT | f::PAGE_POISON | f::REPORTING
+        let reporting = if self.reporting { f::REPORTING } else { 0 };
+        f::STATS_VQ | f::DEFLATE_ON_OOM | f::FREE_PAGE_HINT | f::PAGE_POISON | reporting
     }
 
     fn num_queues(&self) -> u16 {

@@ -72,6 +72,10 @@ struct Args {
     #[arg(long, value_name = "KEYS", value_parser = |text: &str| options::parse::<AutoConfig>(text, None))]
     auto: Option<AutoConfig>,
 
+    /// Take what the guest reports free
+    #[arg(long, value_name = "on|off", default_value = "on", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    reporting: bool,
+
     /// Keep in this file what a successor has to know: the target above all
     #[arg(long, value_name = "PATH", conflicts_with = "state_fd")]
     state: Option<PathBuf>,
@@ -125,6 +129,10 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn on_or_off(text: &str) -> Result<bool, String> {
+    options::switch(text).ok_or_else(|| "it is on or off".to_owned())
+}
+
 fn main() -> std::process::ExitCode {
     cli::main(run)
 }
@@ -165,7 +173,7 @@ fn run(args: Args) -> Result<(), Failure> {
         keeper: Keeper::new(state),
     };
     let shared = Arc::new(Shared::new(options).map_err(BalloonError::from)?);
-    let mut balloon = Balloon::new(shared.clone(), max_queue_size)?;
+    let mut balloon = Balloon::new(shared.clone(), max_queue_size, args.reporting)?;
     let _control = control
         .map(|control| control.serve("cleave-balloon", Arc::new(BalloonControl(shared))))
         .transpose()?;

@@ -50,8 +50,14 @@ impl BalloonDriver {
     pub const REPORTING: usize = 4;
 
     /// Negotiates `features` and starts all queues.
-    pub fn start(mut frontend: Frontend, ram: GuestRam, features: u64) -> Result<Self> {
-        let mut ram = ram;
+    pub fn start(frontend: Frontend, ram: GuestRam, features: u64) -> Result<Self> {
+        let mut driver = Self::prepare(frontend, ram, features)?;
+        (0..driver.queues.len()).try_for_each(|index| driver.start_queue(index))?;
+        Ok(driver)
+    }
+
+    /// Negotiates `features`; no queue runs.
+    pub fn prepare(mut frontend: Frontend, mut ram: GuestRam, features: u64) -> Result<Self> {
         let negotiated = frontend.negotiate(features)?;
         let indirect = negotiated.acked & virtio::RING_INDIRECT_DESC != 0;
         let event_idx = negotiated.acked & virtio::RING_EVENT_IDX != 0;
@@ -61,9 +67,7 @@ impl BalloonDriver {
         let pfns = ram.allocate(4 * MOST_PAGES, 4096);
         let statistics = ram.allocate(STATISTICS_ROOM, 4096);
         frontend.set_mem_table(&ram)?;
-        let mut driver = Self { frontend, ram, queues, negotiated, pfns, statistics };
-        driver.start_queues()?;
-        Ok(driver)
+        Ok(Self { frontend, ram, queues, negotiated, pfns, statistics })
     }
 
     /// The usual: all features, `half` bytes of memory in each of two regions.
@@ -71,12 +75,9 @@ impl BalloonDriver {
         Self::start(Frontend::connect(socket)?, GuestRam::new(half)?, u64::MAX)
     }
 
-    fn start_queues(&mut self) -> Result<()> {
-        for (index, queue) in self.queues.iter_mut().enumerate() {
-            self.frontend.start_queue(index as u16, queue, 0)?;
-            queue.kick_now()?;
-        }
-        Ok(())
+    pub fn start_queue(&mut self, index: usize) -> Result<()> {
+        self.frontend.start_queue(index as u16, &self.queues[index], 0)?;
+        self.queues[index].kick_now()
     }
 
     /// Has the requests of all queues kept in a fresh region from now on. Nothing may be in flight.

@@ -13,7 +13,8 @@ use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
 
 use crate::config::{
-    self, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Settings, UartConfig,
+    self, BalloonConfig, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Settings,
+    UartConfig,
 };
 
 /// Bytes of a configuration file: more is no description of a machine.
@@ -126,6 +127,18 @@ pub struct RunArgs {
     #[arg(long, value_name = "KEYS|none", value_parser = |text: &str| options::parse::<NetConfig>(text, Some("kind")))]
     net: Vec<NetConfig>,
 
+    /// Add a memory balloon, served by a cleave-balloon that is started for it:
+    /// [on|off][,target=SIZE][,min=SIZE][,auto=on,free=SIZE][,stats=TIME][,reporting=off][,control=PATH]
+    /// [,id=NAME][,restart=always|on-failure|never][,restart-limit=N] [default: off]
+    ///
+    /// What the guest reports free goes back to the host by itself, unless reporting=off. target= is what the guest has at first, all of its
+    /// memory unless given; 'cleave-balloon ctl PATH target size=SIZE' changes it, where PATH is that of control=. min= is
+    /// what the guest is left in any case, 128M unless given. auto=on keeps its available memory near free=. stats= is how
+    /// often the guest is asked for statistics.
+    #[arg(long, value_name = "KEYS|on|off", num_args = 0..=1, default_missing_value = "on", require_equals = false,
+        value_parser = |text: &str| options::parse::<BalloonConfig>(text, Some("kind")))]
+    balloon: Option<BalloonConfig>,
+
     /// Attach a vhost-user daemon that someone else runs:
     /// type=NAME|NUMBER,socket=PATH[,wait=30s][,queues=N][,id=NAME]
     ///
@@ -175,6 +188,7 @@ impl RunArgs {
             sandbox: self.sandbox,
             disk: self.disk,
             net: self.net,
+            balloon: self.balloon,
             device: self.device,
         };
         base.overridden_by(flags).validate().map_err(Failure::usage)

@@ -4,6 +4,7 @@
 //! so there is one name for everything. [`Settings::validate`] makes a [`MachineConfig`] of it, in which nothing is
 //! missing and everything that can be judged without touching the host holds.
 
+mod balloon;
 mod device;
 mod file;
 mod memory;
@@ -13,10 +14,12 @@ mod uart;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use cleave_common::size::ByteSize;
 use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
+pub use balloon::BalloonConfig;
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
 pub use memory::{Backing, MemoryConfig};
@@ -53,6 +56,8 @@ pub struct Settings {
     pub disk: Vec<DiskConfig>,
     #[serde(default)]
     pub net: Vec<NetConfig>,
+    #[serde(default, deserialize_with = "balloon::deserialize")]
+    pub balloon: Option<BalloonConfig>,
     #[serde(default)]
     pub device: Vec<DeviceConfig>,
 }
@@ -72,6 +77,7 @@ pub struct MachineConfig {
     pub sandbox: bool,
     pub disks: Vec<DiskConfig>,
     pub nets: Vec<NetDevice>,
+    pub balloon: Option<BalloonConfig>,
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -95,6 +101,8 @@ pub enum ConfigError {
     DiskThrottle { path: PathBuf, source: ThrottleError },
     #[error("--net: {0}")]
     Net(#[from] net::NetError),
+    #[error("--balloon: {0}")]
+    Balloon(#[from] balloon::BalloonError),
     #[error("the tap device {0} is given twice: each network device needs one of its own")]
     DuplicateTap(String),
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
@@ -131,6 +139,7 @@ impl Settings {
             sandbox: over.sandbox.or(self.sandbox),
             disk: self.disk,
             net: self.net,
+            balloon: over.balloon.or(self.balloon),
             device: self.device,
         }
     }
@@ -143,7 +152,8 @@ impl Settings {
         memory.validate()?;
         check_disks(&self.disk)?;
         let nets = network_devices(self.net)?;
-        check_devices(&self.disk, &nets, &self.device)?;
+        let balloon = balloon_device(self.balloon, memory.size)?;
+        check_devices(&self.disk, &nets, balloon.as_ref(), &self.device)?;
         if let Some(UartConfig::Unix(path)) = &self.uart {
             check_socket("--uart unix=", path)?;
         }
@@ -157,6 +167,7 @@ impl Settings {
             sandbox: self.sandbox.unwrap_or(true),
             disks: self.disk,
             nets,
+            balloon,
             devices: self.device,
         })
     }
@@ -221,12 +232,26 @@ fn network_devices(nets: Vec<NetConfig>) -> Result<Vec<NetDevice>, ConfigError> 
     }
 }
 
+/// If one is asked for.
+fn balloon_device(
+    asked: Option<BalloonConfig>,
+    memory: ByteSize,
+) -> Result<Option<BalloonConfig>, ConfigError> {
+    let Some(balloon) = asked else { return Ok(None) };
+    balloon.validate(memory)?;
+    if let Some(path) = &balloon.control {
+        check_socket("--balloon control=", path)?;
+    }
+    Ok(Some(balloon).filter(|balloon| !balloon.is_off()))
+}
+
 fn check_devices(
     disks: &[DiskConfig],
     nets: &[NetDevice],
+    balloon: Option<&BalloonConfig>,
     devices: &[DeviceConfig],
 ) -> Result<(), ConfigError> {
-    let count = disks.len() + nets.len() + devices.len();
+    let count = disks.len() + nets.len() + usize::from(balloon.is_some()) + devices.len();
     if count > MAX_DEVICES {
         return Err(ConfigError::TooManyDevices(count));
     }
@@ -244,12 +269,14 @@ fn check_devices(
         }
     }
     let given = disks.iter().map(|disk| &disk.id).chain(devices.iter().map(|device| &device.id)).flatten();
-    if let Some(bad) = given.chain(nets.iter().map(|net| &net.name)).find(|id| !is_name(id)) {
+    let given = given.chain(nets.iter().map(|net| &net.name)).chain(balloon.and_then(|it| it.id.as_ref()));
+    if let Some(bad) = given.into_iter().find(|id| !is_name(id)) {
         return Err(ConfigError::Id(bad.clone()));
     }
     let disks = disks.iter().enumerate().map(|(at, disk)| disk.name(at));
     let devices = devices.iter().enumerate().map(|(at, device)| device.name(at));
-    let mut names: Vec<_> = disks.chain(nets.iter().map(|net| net.name.clone())).chain(devices).collect();
+    let others = nets.iter().map(|net| net.name.clone()).chain(balloon.map(BalloonConfig::name));
+    let mut names: Vec<_> = disks.chain(others).chain(devices).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(ConfigError::DuplicateId(pair[0].clone())),

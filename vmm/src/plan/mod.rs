@@ -19,7 +19,9 @@ use std::time::Duration;
 use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
-use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart};
+use crate::config::{
+    BalloonConfig, CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart,
+};
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -88,6 +90,8 @@ pub struct DaemonSpec {
     pub restart_limit: Option<u32>,
     /// How long it may complete nothing of a queue that has work; without end if absent.
     pub io_timeout: Option<Duration>,
+    /// It gets a file, as `--state-fd`, that outlives it, and finds there what its predecessor left.
+    pub keeps_state: bool,
 }
 
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -122,7 +126,7 @@ fn lay_out_ram(size: u64) -> Vec<RamRegion> {
     ram
 }
 
-/// Disks first, then networks, each kind in the order given: what a guest calls vda is the first disk.
+/// Disks first, then networks, then the balloon, each kind in the order given: what a guest calls vda is the first disk.
 fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
         let name = disk.name(at);
@@ -135,6 +139,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             restart: disk.restart,
             restart_limit: disk.restart_limit,
             io_timeout: disk.io_timeout.map(|timeout| timeout.0),
+            keeps_state: false,
         });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
@@ -149,6 +154,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
                     restart: settings.restart.unwrap_or_default(),
                     restart_limit: settings.restart_limit,
                     io_timeout: None,
+                    keeps_state: false,
                 };
                 (None, Backend::Spawn(spec))
             }
@@ -158,13 +164,25 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
         };
         (net.name.clone(), DeviceType::NET, queues, backend)
     });
+    let balloon = config.balloon.iter().map(|balloon| {
+        let backend = Backend::Spawn(DaemonSpec {
+            program: "cleave-balloon".to_owned(),
+            device: balloon.name(),
+            args: balloon_arguments(balloon),
+            restart: balloon.restart,
+            restart_limit: balloon.restart_limit,
+            io_timeout: None,
+            keeps_state: true,
+        });
+        (balloon.name(), DeviceType::BALLOON, None, backend)
+    });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {
         let name = device.name(at);
         let backend = Backend::Attach { socket: device.socket.clone(), wait: device.wait.0 };
         (name, device.r#type, device.queues, backend)
     });
     (1_u8..)
-        .zip(disks.chain(nets).chain(devices))
+        .zip(disks.chain(nets).chain(balloon).chain(devices))
         .map(|(device_number, (name, device_type, queues, backend))| SlotPlan {
             name,
             device_type,
@@ -185,6 +203,26 @@ fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {
         value("queues", settings.queues.map(|queues| queues.to_string())),
         value("poll-us", settings.poll_us.map(|microseconds| microseconds.to_string())),
         value("cpus", settings.cpus.as_ref().map(|cpus| cpus.to_string())),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn balloon_arguments(balloon: &BalloonConfig) -> Vec<OsString> {
+    let value = |key: &str, value: Option<String>| value.map(|value| format!("--{key}={value}").into());
+    let control = balloon.control.as_ref().map(|path| {
+        let mut argument = OsString::from("--control=");
+        argument.push(path);
+        argument
+    });
+    [
+        value("target", balloon.target.map(|size| size.to_string())),
+        value("min", balloon.min.map(|size| size.to_string())),
+        value("auto", balloon.free.filter(|_| balloon.auto).map(|free| format!("free={free}"))),
+        value("reporting", balloon.reporting.map(|on| if on { "on" } else { "off" }.to_owned())),
+        value("stats-interval", balloon.stats.map(|every| every.0.as_secs_f64().to_string())),
+        control,
     ]
     .into_iter()
     .flatten()
