@@ -13,6 +13,7 @@
 
 mod client;
 mod lines;
+mod server;
 
 use std::os::fd::OwnedFd;
 
@@ -22,6 +23,10 @@ use serde_json::{Map, Value, json};
 
 pub use client::{Client, ClientError};
 pub use lines::{Line, LineError, Lines, MAX_LINE};
+pub use server::{Listener, MAX_CLIENTS, Server};
+
+/// The command by which a client of QMP begins.
+pub const CAPABILITIES: &str = "qmp_capabilities";
 
 /// What kind of refusal it is, by QMP's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -40,14 +40,6 @@ impl SocketFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    /// Removes the file, if it is still this one.
-    pub fn remove(&self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.id) {
-            // Somebody may have removed it just now: then there is nothing to tidy.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
 }
 
 /// Listens on `path`, without ever waiting. The listener does not block.
@@ -87,7 +79,10 @@ fn is_alive(path: &Path) -> Result<bool, ListenError> {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        self.remove();
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.id) {
+            // Somebody may have removed it just now: then there is nothing to tidy.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 

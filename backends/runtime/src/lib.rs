@@ -24,7 +24,9 @@ mod vring;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
 pub use complaints::Complaints;
-pub use control::{Control, ControlArgs, ControlServer, ControlSocket, CtlArgs, DaemonCommand};
+pub use control::{
+    Control, ControlArgs, ControlServer, ControlSocket, ControlSocketError, CtlArgs, DaemonCommand,
+};
 pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};
 pub use polling::Polling;

@@ -99,7 +99,7 @@ impl Sandbox<'_> {
         }
         raise_memlock_limit();
         capabilities::drop_most().map_err(SandboxError::Capabilities)?;
-        let control = self.control.and_then(ControlSocket::file);
+        let control = self.control.map(ControlSocket::file);
         let files: Vec<&Path> = endpoint.socket_file().into_iter().chain(control).collect();
         if !landlock::restrict(&files).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");

@@ -75,13 +75,6 @@ impl Listener {
         self.file.as_ref().map(SocketFile::path)
     }
 
-    /// Removes the file, for whoever cannot drop this.
-    pub(crate) fn remove_file(&self) {
-        if let Some(file) = &self.file {
-            file.remove();
-        }
-    }
-
     /// The next frontend, if one is there.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.socket.accept() {

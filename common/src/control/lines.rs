@@ -1,9 +1,8 @@
-//! Lines over a unix socket, with descriptors, and never a wait that was not asked for.
+//! Lines over a socket, on a unix one with descriptors, and never a wait that was not asked for.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -50,7 +49,7 @@ pub struct Line {
 /// A connection, by lines.
 #[derive(Debug)]
 pub struct Lines {
-    stream: UnixStream,
+    stream: OwnedFd,
     received: Vec<u8>,
     fds: Vec<OwnedFd>,
     unsent: Vec<u8>,
@@ -58,8 +57,15 @@ pub struct Lines {
 }
 
 impl Lines {
-    pub fn new(stream: UnixStream) -> Self {
-        Self { stream, received: Vec::new(), fds: Vec::new(), unsent: Vec::new(), ended: false }
+    /// `stream` is a connected stream socket.
+    pub fn new(stream: impl Into<OwnedFd>) -> Self {
+        Self {
+            stream: stream.into(),
+            received: Vec::new(),
+            fds: Vec::new(),
+            unsent: Vec::new(),
+            ended: false,
+        }
     }
 
     /// The next line that has arrived; an empty one is none. `None`: there is no whole one yet, or, if [`Lines::has_ended`],

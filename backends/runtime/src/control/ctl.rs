@@ -9,8 +9,7 @@ use cleave_common::control::{Client, ClientError};
 use cleave_common::exit::{ExitCode, Failure};
 use serde_json::{Map, Value};
 
-use super::ControlSocket;
-use crate::socket::SocketError;
+use super::{ControlSocket, ControlSocketError};
 
 /// The flag of a daemon that has a control socket; flatten it beside [`crate::CommonArgs`].
 #[derive(Debug, Args)]
@@ -25,7 +24,7 @@ pub struct ControlArgs {
 impl ControlArgs {
     /// # Errors
     /// The path is taken, or cannot be one.
-    pub fn bind(&self) -> Result<Option<ControlSocket>, SocketError> {
+    pub fn bind(&self) -> Result<Option<ControlSocket>, ControlSocketError> {
         self.control.as_deref().map(ControlSocket::bind).transpose()
     }
 }

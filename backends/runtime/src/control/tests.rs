@@ -1,7 +1,10 @@
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
+use std::time::Duration;
 
-use cleave_common::control::Client;
+use cleave_common::control::{Client, MAX_CLIENTS};
 use serde_json::{Map, json};
 
 use super::*;
