@@ -13,7 +13,7 @@ mod ctl;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use cleave_common::control::{
@@ -91,15 +91,20 @@ impl ControlSocket {
         const STACK: usize = 256 << 10;
         let greeting = greeting(program, env!("CARGO_PKG_VERSION"));
         let server = Server::new(vec![Listener::Unix(self.listener)], &greeting);
+        let (ready, prepared) = mpsc::channel();
         thread::Builder::new()
             .name("control".to_owned())
             .stack_size(STACK)
             .spawn(move || {
                 name_thread("control");
-                let Err(error) = drop_memory_lock().and_then(|()| serve(server, &*control));
+                let dropped = drop_memory_lock();
+                let _ = ready.send(());
+                let Err(error) = dropped.and_then(|()| serve(server, &*control));
                 warn!("the control socket is closed: {error}");
             })
             .map_err(Failure::host)?;
+        // What a thread begins with is not in the filter of system calls, and that comes next.
+        prepared.recv().map_err(Failure::host)?;
         Ok(ControlServer { _file: self.file })
     }
 }
