@@ -233,7 +233,7 @@ impl Shared {
             let present = state.kept.memory.saturating_sub(u64::from(state.actual) * PAGE);
             let seen = Seen { memory: state.kept.memory, present, available, pressure: self.pressure.now() };
             let next = auto::next_target(config, seen).map(|next| next.max(floor).min(seen.memory));
-            if let Some(next) = next.filter(|next| *next != present) {
+            if let Some(next) = next.filter(|next| Some(*next) != state.kept.target) {
                 info!(
                     "automatic: the guest has {} available, and is to have {} of memory",
                     Mib(available),

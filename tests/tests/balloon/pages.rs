@@ -13,6 +13,9 @@ fn what_is_inflated_is_a_hole_and_what_is_beside_it_is_not() {
     let beside = [FIRST, FIRST + 4, FIRST + 6, high + 1, high + 8, high + 10];
     fill(&driver, &pfns);
     fill(&driver, &beside);
+    // The array and the rings are in memory from now on.
+    driver.deflate(&[FIRST]).unwrap();
+    driver.inflate(&[]).unwrap();
     let before = driver.ram.allocated().unwrap();
     driver.inflate(&pfns).unwrap();
     for pfn in pfns {
@@ -35,6 +38,8 @@ fn all_of_a_large_balloon_is_given_back() {
     let (_balloon, mut driver) = Balloon::with_driver(&[]);
     let pfns: Vec<u32> = (FIRST..FIRST + 8192).collect();
     fill(&driver, &pfns);
+    driver.inflate(&[]).unwrap();
+    driver.deflate(&pfns[..256]).unwrap();
     let before = driver.ram.allocated().unwrap();
     // As Linux does it, and every other page first.
     let (even, odd): (Vec<u32>, Vec<u32>) = pfns.iter().partition(|pfn| **pfn % 2 == 0);
