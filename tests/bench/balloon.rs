@@ -197,7 +197,7 @@ impl Machine {
 
     /// Writes so much of the guest's memory once, into a file.
     fn fill(&mut self, bytes: u64) -> Result<()> {
-        self.shell(&format!("tr '\\0' x </dev/zero | head -c {bytes} >/tmp/fill"))
+        self.shell(&format!("dd if=/dev/zero of=/tmp/fill bs=1M count={}", bytes / MIB))
     }
 
     /// What the guest has once the balloon is where it is to be, and what that took: time, and time on a CPU.
