@@ -73,6 +73,7 @@ impl DeviceType {
     pub const BLOCK: Self = Self(2);
     pub const SCSI: Self = Self(8);
     pub const CONSOLE: Self = Self(3);
+    pub const BALLOON: Self = Self(5);
 
     /// The id on the wire; the PCI device id is `0x1040 +` this (virtio 1.2, 4.1.2).
     pub const fn id(self) -> u8 {

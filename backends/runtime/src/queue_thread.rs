@@ -19,6 +19,7 @@ use crate::vring::Vring;
 
 /// What the session wants of a queue thread.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there are few, and each is taken at once")]
 pub enum Command {
     Start(Vring),
     /// Complete what has been fetched, as far as [`Stop`] says, then [`Inbox::give_back`] the vring.

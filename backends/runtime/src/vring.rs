@@ -20,6 +20,8 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use vm_memory::GuestAddress;
+
 use crate::memory::GuestMemory;
 pub use chain::{Chain, ChainError, MAX_SEGMENTS, Segment};
 pub(crate) use inflight::{Found, InflightArea, InflightQueue};
@@ -69,6 +71,11 @@ impl Vring {
 
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    /// Where the ring's parts are in guest-physical memory, and how many bytes each has.
+    pub fn parts(&self) -> [(GuestAddress, u64); 3] {
+        self.ring.parts()
     }
 
     /// Readable when the guest kicked. It need not be read: nobody asks for its count, and a count that stays makes

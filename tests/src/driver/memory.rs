@@ -24,7 +24,16 @@ pub struct GuestRam {
 impl GuestRam {
     /// `half` bytes below the hole and as many above.
     pub fn new(half: u64) -> Result<Self> {
-        let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        Self::of(half, MemfdFlags::empty())
+    }
+
+    /// The same in huge pages of 2 MiB.
+    pub fn in_huge_pages(half: u64) -> Result<Self> {
+        Self::of(half, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
+    }
+
+    fn of(half: u64, kind: MemfdFlags) -> Result<Self> {
+        let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind)
             .map_err(|errno| DriverError::io("memfd")(errno.into()))?;
         let file = File::from(fd);
         file.set_len(2 * half).map_err(DriverError::io("memfd"))?;

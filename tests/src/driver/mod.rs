@@ -7,6 +7,7 @@
 //! The rings are this crate's own, driver side; nothing is shared with the daemon's but the wire codec. Each layer gives
 //! tests its raw parts, to misuse them.
 
+mod balloon;
 mod block;
 pub mod console;
 mod daemon;
@@ -25,6 +26,7 @@ use std::time::Duration;
 
 use cleave_common::vhost_user::{ChannelError, Malformed};
 
+pub use balloon::{BALLOON_PAGE, BalloonConfig, BalloonDriver};
 pub use block::{BlockDriver, DiskConfig, IoStatus, RequestKind};
 pub use console::ConsoleDriver;
 pub use daemon::{Daemon, binary};

@@ -81,6 +81,10 @@ check_virtio() { # DIRECTORY
     elif [ "$driver" = virtio_rng ]; then
         [ "$(head -c 64 /dev/hwrng | wc -c)" = 64 ]
         verdict $? "rng $name: 64 bytes from /dev/hwrng"
+    elif [ "$driver" = virtio_balloon ]; then
+        # Bit 5 of its features: what is free goes back to the host by itself.
+        [ "$(cut -c6 "$1/features")" = 1 ]
+        verdict $? "balloon $name: reports what is free"
     else
         verdict 0 "$driver $name: driver bound"
     fi

@@ -3,6 +3,7 @@
 //! The cases of a module share one lab machine: this program starts itself again there, and they run one after the
 //! other. Arguments are those of any Rust test: a filter, `--list`, `--exact`, `--skip`.
 
+mod balloon;
 mod boots;
 mod console;
 mod control;
@@ -43,6 +44,7 @@ const INSIDE: &str = "CLEAVE_E2E_INSIDE";
 /// The modules above that hold cases, as filters; those that take long come first.
 const GROUPS: &[&str] = &[
     "survival::",
+    "balloon::",
     "debian::",
     "network::",
     "memory::",
@@ -77,6 +79,7 @@ fn cases() -> Vec<Case> {
         control::CASES,
         scsi::CASES,
         console::CASES,
+        balloon::CASES,
     ]
     .concat()
 }

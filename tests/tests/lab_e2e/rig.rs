@@ -210,10 +210,11 @@ pub fn processes(name: &str, parent: Option<u32>) -> Vec<u32> {
 pub fn nothing_left_behind() -> Outcome<()> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        let left: Vec<u32> = ["cleave", "cleave-block", "cleave-net", "cleave-scsi", "cleave-serial"]
-            .iter()
-            .flat_map(|name| processes(name, None))
-            .collect();
+        let left: Vec<u32> =
+            ["cleave", "cleave-block", "cleave-net", "cleave-scsi", "cleave-serial", "cleave-balloon"]
+                .iter()
+                .flat_map(|name| processes(name, None))
+                .collect();
         if left.is_empty() {
             return Ok(());
         }

@@ -13,8 +13,8 @@ use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::options;
 
 use crate::config::{
-    self, Cdrom, ControlAddress, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig, NetConfig, Port,
-    ScsiController, ScsiDisk, Settings, UartConfig,
+    self, BalloonConfig, Cdrom, ControlAddress, DeviceConfig, DiskConfig, MachineConfig, MemoryConfig,
+    NetConfig, Port, ScsiController, ScsiDisk, Settings, UartConfig,
 };
 
 /// Bytes of a configuration file: more is no description of a machine.
@@ -185,6 +185,17 @@ pub struct RunArgs {
     /// is started again.
     #[arg(long, value_name = "KEYS", value_parser = |text: &str| options::parse::<ScsiController>(text, None))]
     scsi_controller: Option<ScsiController>,
+    /// Add a memory balloon, served by a cleave-balloon that is started for it:
+    /// [on|off][,target=SIZE][,min=SIZE][,auto=on,free=SIZE][,stats=TIME][,reporting=off][,control=PATH]
+    /// [,id=NAME][,restart=always|on-failure|never][,restart-limit=N] [default: off]
+    ///
+    /// What the guest reports free goes back to the host by itself, unless reporting=off. target= is what the guest has at first, all of its
+    /// memory unless given; 'cleave-balloon ctl PATH target size=SIZE' changes it, where PATH is that of control=. min= is
+    /// what the guest is left in any case, 128M unless given. auto=on keeps its available memory near free=. stats= is how
+    /// often the guest is asked for statistics.
+    #[arg(long, value_name = "KEYS|on|off", num_args = 0..=1, default_missing_value = "on", require_equals = false,
+        value_parser = |text: &str| options::parse::<BalloonConfig>(text, Some("kind")))]
+    balloon: Option<BalloonConfig>,
 
     /// Attach a vhost-user daemon that someone else runs:
     /// type=NAME|NUMBER,socket=PATH[,wait=30s][,queues=N][,id=NAME]
@@ -277,6 +288,7 @@ impl RunArgs {
             scsi: self.scsi,
             cdrom: self.cdrom,
             scsi_controller: self.scsi_controller,
+            balloon: self.balloon,
             device: self.device,
         };
         base.overridden_by(flags).validate().map_err(Failure::usage)

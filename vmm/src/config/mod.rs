@@ -5,6 +5,7 @@
 //! missing and everything that can be judged without touching the host holds.
 
 mod address;
+mod balloon;
 mod console;
 mod device;
 mod file;
@@ -16,11 +17,13 @@ mod uart;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use cleave_common::size::ByteSize;
 use cleave_common::socket::MAX_PATH_LEN;
 use cleave_common::throttle::ThrottleError;
 use serde::Deserialize;
 
 pub use address::ControlAddress;
+pub use balloon::BalloonConfig;
 pub use console::{ConsoleDevice, Port, parse as parse_port};
 pub use device::{CacheMode, DeviceConfig, DiskConfig, DiskFormat, OnFull, Restart, TimeSpan};
 pub use file::parse as parse_file;
@@ -66,6 +69,8 @@ pub struct Settings {
     pub disk: Vec<DiskConfig>,
     #[serde(default)]
     pub net: Vec<NetConfig>,
+    #[serde(default, deserialize_with = "balloon::deserialize")]
+    pub balloon: Option<BalloonConfig>,
     #[serde(default)]
     pub scsi: Vec<ScsiDisk>,
     #[serde(default)]
@@ -94,6 +99,7 @@ pub struct MachineConfig {
     pub nets: Vec<NetDevice>,
     pub scsi: Option<ScsiAdapter>,
     pub console: Option<ConsoleDevice>,
+    pub balloon: Option<BalloonConfig>,
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -121,6 +127,8 @@ pub enum ConfigError {
     Scsi(#[from] scsi::ScsiError),
     #[error(transparent)]
     Console(#[from] console::ConsoleError),
+    #[error("--balloon: {0}")]
+    Balloon(#[from] balloon::BalloonError),
     #[error("the tap device {0} is given twice: each network device needs one of its own")]
     DuplicateTap(String),
     #[error("{0} devices are asked for, the PCI bus has room for {MAX_DEVICES}")]
@@ -173,6 +181,7 @@ impl Settings {
             scsi: self.scsi,
             cdrom: self.cdrom,
             scsi_controller: over.scsi_controller.or(self.scsi_controller),
+            balloon: over.balloon.or(self.balloon),
             device: self.device,
         }
     }
@@ -188,7 +197,11 @@ impl Settings {
         let console = console::device(self.console, self.serial, self.uart.as_ref())?;
         let scsi = ScsiAdapter::new(self.scsi, self.cdrom, self.scsi_controller)?;
         check_scsi(scsi.as_ref(), &self.disk)?;
-        check_devices(&self.disk, &nets, scsi.as_ref(), console.as_ref(), &self.device)?;
+        let balloon = balloon_device(self.balloon, memory.size)?;
+        let adapters = scsi.as_ref().map(ScsiAdapter::name);
+        let consoles = console.as_ref().map(|_| ConsoleDevice::NAME.to_owned());
+        let single = [adapters, consoles, balloon.as_ref().map(BalloonConfig::name)];
+        check_devices(&self.disk, &nets, single.into_iter().flatten(), &self.device)?;
         // The person's terminal is the console's, and the kernel prints there.
         let at_console = console.as_ref().is_some_and(ConsoleDevice::has_terminal);
         let append = if at_console { "console=hvc0" } else { DEFAULT_APPEND };
@@ -218,6 +231,7 @@ impl Settings {
             nets,
             scsi,
             console,
+            balloon,
             devices: self.device,
         })
     }
@@ -297,18 +311,26 @@ fn check_scsi(scsi: Option<&ScsiAdapter>, disks: &[DiskConfig]) -> Result<(), Co
     }
 }
 
+/// If one is asked for.
+fn balloon_device(
+    asked: Option<BalloonConfig>,
+    memory: ByteSize,
+) -> Result<Option<BalloonConfig>, ConfigError> {
+    let Some(balloon) = asked else { return Ok(None) };
+    balloon.validate(memory)?;
+    if let Some(path) = &balloon.control {
+        check_socket("--balloon control=", path)?;
+    }
+    Ok(Some(balloon).filter(|balloon| !balloon.is_off()))
+}
+
+/// `single` are the names of those devices of which there is one at most.
 fn check_devices(
     disks: &[DiskConfig],
     nets: &[NetDevice],
-    scsi: Option<&ScsiAdapter>,
-    console: Option<&ConsoleDevice>,
+    single: impl Iterator<Item = String>,
     devices: &[DeviceConfig],
 ) -> Result<(), ConfigError> {
-    let single = usize::from(scsi.is_some()) + usize::from(console.is_some());
-    let count = disks.len() + nets.len() + single + devices.len();
-    if count > MAX_DEVICES {
-        return Err(ConfigError::TooManyDevices(count));
-    }
     for (at, device) in devices.iter().enumerate() {
         check_socket("--device socket=", &device.socket)?;
         if let Some(queues) = device.queues
@@ -322,17 +344,16 @@ fn check_devices(
             check_socket("--net socket=", socket)?;
         }
     }
-    let adapter = scsi.map(ScsiAdapter::name);
-    let given = disks.iter().map(|disk| &disk.id).chain(devices.iter().map(|device| &device.id)).flatten();
-    let given = given.chain(&adapter);
-    if let Some(bad) = given.chain(nets.iter().map(|net| &net.name)).find(|id| !is_name(id)) {
-        return Err(ConfigError::Id(bad.clone()));
-    }
     let disks = disks.iter().enumerate().map(|(at, disk)| disk.name(at));
     let devices = devices.iter().enumerate().map(|(at, device)| device.name(at));
-    let console = console.map(|_| ConsoleDevice::NAME.to_owned());
     let nets = nets.iter().map(|net| net.name.clone());
-    let mut names: Vec<_> = disks.chain(nets).chain(adapter.clone()).chain(console).chain(devices).collect();
+    let mut names: Vec<_> = disks.chain(nets).chain(single).chain(devices).collect();
+    if names.len() > MAX_DEVICES {
+        return Err(ConfigError::TooManyDevices(names.len()));
+    }
+    if let Some(bad) = names.iter().find(|name| !is_name(name)) {
+        return Err(ConfigError::Id(bad.clone()));
+    }
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(ConfigError::DuplicateId(pair[0].clone())),

@@ -322,3 +322,37 @@ fn a_socket_path_fits_a_unix_socket() {
     let uart = Some(UartConfig::Unix(long(108).into()));
     assert!(refusal(Settings { uart, ..bootable() }).starts_with("--uart unix=/xxx"));
 }
+
+#[test]
+fn a_balloon_is_judged_by_the_guests_memory() {
+    let with = |text: &str| Settings {
+        kernel: Some("k".into()),
+        balloon: Some(options::parse(text, Some("kind")).unwrap()),
+        ..Settings::default()
+    };
+    for text in ["on", "target=256M", "on,auto=on,free=64M,stats=5s", "min=16M,target=16M,control=/run/b.ctl"]
+    {
+        assert!(with(text).validate().unwrap().balloon.is_some(), "{text}");
+    }
+    assert_eq!(with("off").validate().unwrap().balloon, None);
+    let over = with("target=256M").overridden_by(with("off"));
+    assert_eq!(over.validate().unwrap().balloon, None);
+    for (text, message) in [
+        ("off,target=1G", "'off' stands alone"),
+        ("auto=on", "--balloon: auto=on takes free=SIZE"),
+        ("free=64M", "free= is for auto=on"),
+        ("auto=on,free=64M,target=256M", "leave target= out"),
+        ("target=1G", "target=1G is more than the guest's memory, 512M"),
+        ("target=64M", "target=64M is less than min=128M"),
+        ("min=1G", "min=1G is more than the guest's memory"),
+        ("stats=1ms", "every 100ms at most"),
+        ("restart=never,restart-limit=3", "restart-limit=3"),
+        ("id=-", "a device's name"),
+        ("control=", "--balloon control=: the path is empty"),
+    ] {
+        let said = refusal(with(text));
+        assert!(said.contains(message), "{text}: {said}");
+    }
+    let twice = Settings { disk: vec![options::parse("d,id=balloon0", Some("path")).unwrap()], ..with("on") };
+    assert!(refusal(twice).contains("two devices are named 'balloon0'"));
+}

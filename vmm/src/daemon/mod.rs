@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use cleave_common::exit::{ExitCode, Failure};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
@@ -42,6 +43,9 @@ pub use spawner::Spawner;
 /// The descriptor that a daemon finds its end of the socketpair at.
 const SOCKET_FD: i32 = 3;
 
+/// The descriptor of the file that outlives it, for one that keeps state.
+const STATE_FD: i32 = 4;
+
 /// How long a daemon that closed its socket may take to end, so that we know why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -54,8 +58,19 @@ pub enum DaemonError {
     NotFound { program: String, beside: PathBuf },
     #[error("cannot start {} for {device}", path.display())]
     Start { path: PathBuf, device: String, source: io::Error },
-    #[error("cannot prepare a socket for {program} ({device})")]
+    #[error("cannot prepare descriptors for {program} ({device})")]
     Prepare { program: String, device: String, source: io::Error },
+}
+
+/// The file for a daemon that keeps state: it is in memory, and empty.
+///
+/// # Errors
+/// When the system has no memory or descriptor left.
+pub fn state_file(spec: &DaemonSpec) -> Result<Option<OwnedFd>, DaemonError> {
+    let DaemonSpec { program, device, .. } = spec;
+    let prepare = |source| DaemonError::Prepare { program: program.clone(), device: device.clone(), source };
+    let file = spec.keeps_state.then(|| memfd_create("state", MemfdFlags::CLOEXEC)).transpose();
+    file.map_err(|errno| prepare(errno.into()))
 }
 
 /// A running daemon. Dropping it kills it.
@@ -103,9 +118,11 @@ impl std::error::Error for DaemonExit {}
 /// Starts a daemon and gives our end of its socket. It dies with the thread that calls this, so call it on one that
 /// lives as long as the machine; and one that may wait for the file system that has the program ([`Spawner`]).
 ///
+/// `state` is the file of one that keeps state.
+///
 /// # Errors
 /// When the program is not found or the system refuses to start it.
-pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
+pub fn spawn(spec: &DaemonSpec, state: Option<&OwnedFd>) -> Result<(Daemon, UnixStream), DaemonError> {
     let DaemonSpec { program, device, args, .. } = spec;
     let prepare = |source| DaemonError::Prepare { program: program.clone(), device: device.clone(), source };
     let path = find(program)?;
@@ -118,6 +135,11 @@ pub fn spawn(spec: &DaemonSpec) -> Result<(Daemon, UnixStream), DaemonError> {
     if let Terminal::Given(terminal) = &spec.terminal {
         let parent_fd = terminal.try_clone().map_err(prepare)?;
         mappings.push(FdMapping { parent_fd, child_fd: ConsoleDevice::TERMINAL_FD });
+    }
+    if let Some(state) = state {
+        command.arg(format!("--state-fd={STATE_FD}"));
+        let parent_fd = state.try_clone().map_err(prepare)?;
+        mappings.push(FdMapping { parent_fd, child_fd: STATE_FD });
     }
     command.fd_mappings(mappings).map_err(|error| prepare(io::Error::other(error)))?;
     die_with_us(&mut command);

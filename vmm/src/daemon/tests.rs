@@ -15,13 +15,14 @@ fn spec(program: &str, device: &str, args: Vec<std::ffi::OsString>) -> DaemonSpe
         restart_limit: None,
         io_timeout: None,
         terminal: Terminal::None,
+        keeps_state: false,
     }
 }
 
 /// A shell that plays the daemon: descriptor 3 is its socket, `$0` is the option that says so.
 fn shell(script: &str) -> (Daemon, UnixStream) {
     let args = vec!["-c".into(), script.into()];
-    spawn(&spec("sh", "disk0", args)).unwrap()
+    spawn(&spec("sh", "disk0", args), None).unwrap()
 }
 
 fn said(mut socket: UnixStream) -> String {
@@ -120,7 +121,7 @@ fn stopping_is_polite_first() {
 #[test]
 fn a_program_that_is_nowhere_is_named() {
     let spec = spec("cleave-nothing", "x", Vec::new());
-    let error = spawn(&spec).unwrap_err().to_string();
+    let error = spawn(&spec, None).unwrap_err().to_string();
     assert!(error.starts_with("cleave-nothing is neither beside cleave in /"), "{error}");
 }
 
@@ -129,4 +130,20 @@ fn a_daemon_that_hangs_is_forced_to_end() {
     let (mut daemon, _socket) = shell("kill -STOP $$");
     daemon.force();
     assert_eq!(ended(&mut daemon).status.signal(), Some(9));
+}
+
+#[test]
+fn what_one_keeps_its_successor_finds() {
+    let keeping = |script: &str| DaemonSpec {
+        keeps_state: true,
+        ..spec("sh", "balloon0", vec!["-c".into(), script.into()])
+    };
+    let first = keeping("echo kept >&4");
+    let state = state_file(&first).unwrap();
+    let (mut daemon, _socket) = spawn(&first, state.as_ref()).unwrap();
+    assert!(ended(&mut daemon).success());
+    let second = keeping("read word </proc/self/fd/4; echo $word $1 >&3");
+    let (_daemon, socket) = spawn(&second, state.as_ref()).unwrap();
+    assert_eq!(said(socket), "kept --state-fd=4\n");
+    assert!(state_file(&spec("sh", "disk0", Vec::new())).unwrap().is_none());
 }

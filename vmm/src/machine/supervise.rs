@@ -12,8 +12,9 @@
 //! their device's, for a program may be on a file system that does not answer.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Instant;
 
 use cleave_common::exit::Failure;
@@ -40,6 +41,8 @@ enum State {
 struct Served {
     slot: SlotIndex,
     spec: DaemonSpec,
+    /// What its daemons leave each other.
+    kept: Option<Arc<OwnedFd>>,
     restarts: Restarts,
     state: State,
     /// Once a daemon of its was to be started again.
@@ -73,11 +76,12 @@ pub struct Supervisor(Vec<Served>);
 impl Supervisor {
     /// Starts a daemon that is to live as long as the machine.
     pub fn start(&mut self, slot: SlotIndex, spec: &DaemonSpec) -> Result<(u32, UnixStream), DaemonError> {
-        let (daemon, socket) = daemon::spawn(spec)?;
+        let kept = daemon::state_file(spec)?.map(Arc::new);
+        let (daemon, socket) = daemon::spawn(spec, kept.as_deref())?;
         let pid = daemon.pid();
         let state = State::Alive { daemon, since: Instant::now(), killed: false };
         let restarts = Restarts::new(spec.restart, spec.restart_limit);
-        self.0.push(Served { slot, spec: spec.clone(), restarts, state, spawner: None });
+        self.0.push(Served { slot, spec: spec.clone(), kept, restarts, state, spawner: None });
         Ok((pid, socket))
     }
 
@@ -197,7 +201,7 @@ impl Served {
         self.state = State::Starting(now);
         match self.spawner(events) {
             Ok(spawner) => {
-                spawner.spawn(self.spec.clone());
+                spawner.spawn(self.spec.clone(), self.kept.clone());
                 None
             }
             Err(source) => {
@@ -273,6 +277,7 @@ mod tests {
             restart_limit,
             io_timeout: None,
             terminal: Terminal::None,
+            keeps_state: false,
         };
         let mut supervisor = Supervisor::default();
         let (_pid, socket) = supervisor.start(SLOT, &spec).unwrap();

@@ -22,8 +22,8 @@ use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
 use crate::config::{
-    CacheMode, ConsoleDevice, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart,
-    ScsiAdapter,
+    BalloonConfig, CacheMode, ConsoleDevice, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer,
+    OnFull, Restart, ScsiAdapter,
 };
 use crate::memory::RamRegion;
 
@@ -95,6 +95,8 @@ pub struct DaemonSpec {
     pub io_timeout: Option<Duration>,
     /// What it finds at [`ConsoleDevice::TERMINAL_FD`].
     pub terminal: Terminal,
+    /// It gets a file, as `--state-fd`, that outlives it, and finds there what its predecessor left.
+    pub keeps_state: bool,
 }
 
 /// The end of a connection to the machine's terminal, which a daemon inherits, and its successors after it.
@@ -153,7 +155,8 @@ fn lay_out_ram(size: u64) -> Vec<RamRegion> {
     ram
 }
 
-/// Disks first, then networks, then the SCSI adapter, then the console, each kind in the order given: what a guest calls vda is the first disk.
+/// Disks first, then networks, then the SCSI adapter, the console and the balloon, each kind in the order given: what a
+/// guest calls vda is the first disk.
 fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
     let disks = config.disks.iter().enumerate().map(|(at, disk)| {
         let name = disk.name(at);
@@ -167,6 +170,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             restart_limit: disk.restart_limit,
             io_timeout: disk.io_timeout.map(|timeout| timeout.0),
             terminal: Terminal::None,
+            keeps_state: false,
         });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
@@ -182,6 +186,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
                     restart_limit: settings.restart_limit,
                     io_timeout: None,
                     terminal: Terminal::None,
+                    keeps_state: false,
                 };
                 (None, Backend::Spawn(spec))
             }
@@ -203,6 +208,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             restart_limit: adapter.controller.restart_limit,
             io_timeout: None,
             terminal: Terminal::None,
+            keeps_state: false,
         });
         // Beside them there are one for control and one for events.
         (name, DeviceType::SCSI, Some(requests + 2), backend)
@@ -217,8 +223,22 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             restart_limit: None,
             io_timeout: None,
             terminal: if console.has_terminal() { Terminal::Wanted } else { Terminal::None },
+            keeps_state: false,
         };
         (name, DeviceType::CONSOLE, None, Backend::Spawn(spec))
+    });
+    let balloon = config.balloon.iter().map(|balloon| {
+        let backend = Backend::Spawn(DaemonSpec {
+            program: "cleave-balloon".to_owned(),
+            device: balloon.name(),
+            args: balloon_arguments(balloon),
+            restart: balloon.restart,
+            restart_limit: balloon.restart_limit,
+            io_timeout: None,
+            terminal: Terminal::None,
+            keeps_state: true,
+        });
+        (balloon.name(), DeviceType::BALLOON, None, backend)
     });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {
         let name = device.name(at);
@@ -226,7 +246,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
         (name, device.r#type, device.queues, backend)
     });
     (1_u8..)
-        .zip(disks.chain(nets).chain(scsi).chain(console).chain(devices))
+        .zip(disks.chain(nets).chain(scsi).chain(console).chain(balloon).chain(devices))
         .map(|(device_number, (name, device_type, queues, backend))| SlotPlan {
             name,
             device_type,
@@ -265,6 +285,26 @@ fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {
         value("queues", settings.queues.map(|queues| queues.to_string())),
         value("poll-us", settings.poll_us.map(|microseconds| microseconds.to_string())),
         value("cpus", settings.cpus.as_ref().map(|cpus| cpus.to_string())),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn balloon_arguments(balloon: &BalloonConfig) -> Vec<OsString> {
+    let value = |key: &str, value: Option<String>| value.map(|value| format!("--{key}={value}").into());
+    let control = balloon.control.as_ref().map(|path| {
+        let mut argument = OsString::from("--control=");
+        argument.push(path);
+        argument
+    });
+    [
+        value("target", balloon.target.map(|size| size.to_string())),
+        value("min", balloon.min.map(|size| size.to_string())),
+        value("auto", balloon.free.filter(|_| balloon.auto).map(|free| format!("free={free}"))),
+        value("reporting", balloon.reporting.map(|on| if on { "on" } else { "off" }.to_owned())),
+        value("stats-interval", balloon.stats.map(|every| every.0.as_secs_f64().to_string())),
+        control,
     ]
     .into_iter()
     .flatten()

@@ -119,3 +119,30 @@ fn all_scsi_units_are_on_one_adapter() {
     assert_eq!(spec.args.join(" ".as_ref()), *expected);
     assert_eq!((spec.program.as_str(), spec.restart), ("cleave-scsi", Restart::Never));
 }
+
+#[test]
+fn a_balloon_is_a_daemon_that_keeps_state() {
+    let settings = Settings {
+        kernel: Some("k".into()),
+        disk: vec![options::parse("d", Some("path")).unwrap()],
+        balloon: Some(
+            options::parse(
+                "auto=on,free=64M,min=96M,stats=1500ms,reporting=off,control=/c,restart=on-failure",
+                Some("kind"),
+            )
+            .unwrap(),
+        ),
+        device: vec![options::parse("type=rng,socket=/s", None).unwrap()],
+        ..Settings::default()
+    };
+    let slots = plan(&settings.validate().unwrap(), 40).unwrap().slots;
+    let names: Vec<_> = slots.iter().map(|slot| (slot.name.as_str(), slot.device_type.id())).collect();
+    assert_eq!(names, [("disk0", 2), ("balloon0", 5), ("rng0", 4)]);
+    let Backend::Spawn(spec) = &slots[1].backend else { panic!("a balloon is spawned") };
+    assert_eq!((spec.program.as_str(), spec.restart), ("cleave-balloon", Restart::OnFailure));
+    assert!(spec.keeps_state);
+    assert_eq!(
+        spec.args,
+        ["--min=96M", "--auto=free=64M", "--reporting=off", "--stats-interval=1.5", "--control=/c"]
+    );
+}

@@ -130,6 +130,12 @@ impl Mailbox {
         room
     }
 
+    /// Whether a driver's write to config space waits to be passed on.
+    pub fn has_config_writes(&self) -> bool {
+        let notes = self.lock();
+        !notes.config_writes.is_empty() || !notes.late_config_writes.is_empty()
+    }
+
     pub(super) fn quit(&self) {
         self.leave(|notes| notes.quit = true);
     }

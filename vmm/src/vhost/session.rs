@@ -292,10 +292,12 @@ impl Worker {
         }
     }
 
-    /// All of the writes have one deadline: a guest decides how many there are.
+    /// All of the writes have one deadline: a guest decides how many there are. What they have come to is read behind the
+    /// last one: before that config space is not what the driver takes it for.
     fn write_config(&mut self, mut session: Session, writes: VecDeque<ConfigWrite>) -> Session {
         let limit = session.connection().map(|connection| connection.limit());
-        for write in writes {
+        let mut writes = writes.into_iter().peekable();
+        while let Some(write) = writes.next() {
             if self.mailbox.must_stop() {
                 break;
             }
@@ -310,7 +312,8 @@ impl Worker {
             if !runs || !matches!(accepted, Ok(false)) {
                 self.written.note(write);
             }
-            let result = accepted.and_then(|_| connection.config(limit));
+            let is_last = writes.peek().is_none();
+            let result = accepted.and_then(|_| if is_last { connection.config(limit) } else { Ok(None) });
             let result = result.map(|config| {
                 if let Some(config) = config {
                     self.observe(|observer| observer.config(&config));

@@ -70,7 +70,7 @@ impl RingAddresses {
 
 #[derive(Debug)]
 pub(crate) struct SplitRing {
-    descriptors: GuestAddress,
+    addresses: RingAddresses,
     available: RingPart,
     used: RingPart,
     /// A power of two, at most 32768.
@@ -104,7 +104,7 @@ impl SplitRing {
         let (available, used) = (part(addresses.available, available_len)?, part(addresses.used, used_len)?);
         let used_idx = Wrapping(used.load(IDX));
         Ok(Self {
-            descriptors: addresses.descriptors,
+            addresses,
             available,
             used,
             size,
@@ -142,7 +142,15 @@ impl SplitRing {
     }
 
     pub(crate) fn descriptor_table(&self) -> GuestAddress {
-        self.descriptors
+        self.addresses.descriptors
+    }
+
+    /// Where its parts are, and how many bytes each has.
+    pub(crate) fn parts(&self) -> [(GuestAddress, u64); 3] {
+        let RingAddresses { descriptors, available, used } = self.addresses;
+        let [available_len, used_len] = ring_lens(self.size).map(|len| len as u64);
+        let table_len = DESCRIPTOR_LEN * u64::from(self.size);
+        [(descriptors, table_len), (available, available_len), (used, used_len)]
     }
 
     /// Where the entry of `index` is in a ring of entries of `entry_len` bytes.
