@@ -89,7 +89,7 @@ fn a_file_that_is_none_is_named() {
     assert_eq!(
         refuse(b"cpus = 2\nkernal = 'x'\n")[..],
         *"line 2: unknown key 'kernal' (did you mean 'kernel'?); the \
-        keys are: kernel, initrd, append, cpus, memory, uart, sandbox, name, qmp, disk, net, scsi, cdrom, scsi-controller, balloon, device"
+        keys are: kernel, initrd, append, cpus, memory, uart, console, serial, sandbox, name, qmp, disk, net, balloon, scsi, cdrom, scsi-controller, device"
     );
     assert!(refuse(b"\x7fELF\x02\x01").starts_with("line 1: this is no TOML"));
     assert_eq!(refuse(b"abc\xff"), "it is no text file: the bytes from 3 on are not UTF-8");
