@@ -16,6 +16,7 @@
 
 pub(crate) mod control;
 pub(crate) mod receive;
+pub(crate) mod stock;
 pub(crate) mod transmit;
 mod waiter;
 

@@ -10,6 +10,7 @@ pub mod cpus;
 mod device;
 mod dirty_log;
 mod footprint;
+mod many;
 mod memory;
 mod polling;
 mod queue_thread;
@@ -21,9 +22,10 @@ mod signals;
 mod socket;
 mod vring;
 
-pub use args::{CommonArgs, SocketClaim, capabilities_json};
+pub use args::{CommonArgs, SocketClaim, capabilities_json, claim_descriptors};
 pub use complaints::Complaints;
 pub use device::{Device, Stop};
+pub use many::{Member, run_all};
 pub use memory::{GuestMemory, MemoryError};
 pub use polling::Polling;
 pub use queue_thread::{Command, Inbox, QueueThread};
@@ -33,5 +35,6 @@ pub use shared::SharedError;
 pub use signals::Signals;
 pub use socket::{Endpoint, Listener, SocketError};
 pub use vring::{
-    Chain, ChainError, InflightError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment, Vring,
+    Caller, Chain, ChainError, InflightError, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment,
+    Vring,
 };

@@ -17,6 +17,8 @@ mod landlock;
 mod lost_memory;
 mod seccomp;
 
+use std::path::Path;
+
 use clap::ValueEnum;
 use cleave_common::exit::Failure;
 use cleave_common::sandbox::{drop_memory_lock, report_violations};
@@ -86,6 +88,17 @@ impl Sandbox {
     /// # Errors
     /// The kernel has what is asked for, and refuses.
     pub fn enter(self, endpoint: &Endpoint) -> Result<Confined, SandboxError> {
+        self.enter_for([endpoint])
+    }
+
+    /// As [`Sandbox::enter`], for a process that is reached at several endpoints.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn enter_for<'e>(
+        self,
+        endpoints: impl IntoIterator<Item = &'e Endpoint>,
+    ) -> Result<Confined, SandboxError> {
         // It says where the program is in a file, so: now.
         let text = Text::of_this_program();
         if self.mode == SandboxMode::Off {
@@ -94,12 +107,13 @@ impl Sandbox {
         }
         raise_memlock_limit();
         capabilities::drop_most().map_err(SandboxError::Capabilities)?;
-        if !landlock::restrict(endpoint.socket_file()).map_err(SandboxError::Landlock)? {
+        let files: Vec<&Path> = endpoints.into_iter().filter_map(Endpoint::socket_file).collect();
+        if !landlock::restrict(&files).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");
         }
         let mut syscalls = self.syscalls.to_vec();
-        // To remove its socket at the end.
-        syscalls.extend(endpoint.socket_file().map(|_| libc::SYS_unlink));
+        // To remove its sockets at the end.
+        syscalls.extend(files.first().map(|_| libc::SYS_unlink));
         let allowed = Some(Allowed { syscalls, ioctls: self.ioctls });
         Ok(Confined { program: self.program, allowed, text })
     }

@@ -8,6 +8,7 @@
 //! that a guest writes into its rings makes these functions panic, read past the ring or loop; where the frontend keeps
 //! the requests in flight, each head is marked there from its fetching until the guest has it back.
 
+mod caller;
 mod chain;
 mod inflight;
 mod log;
@@ -21,6 +22,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::memory::GuestMemory;
+pub use caller::Caller;
 pub use chain::{Chain, ChainError, MAX_SEGMENTS, Segment};
 pub use inflight::InflightError;
 pub(crate) use inflight::{Found, InflightArea, InflightQueue};

@@ -1,5 +1,6 @@
 //! Files, network and other processes, out of reach for this thread and those it starts. What is open stays usable.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
@@ -11,15 +12,16 @@ use landlock::{
 /// The newest that was looked at; older kernels do what they know of it.
 const KNOWN: ABI = ABI::V6;
 
-/// Leaves nothing but the removal of files beside `socket_file`. `false`: this kernel has no Landlock.
-pub(super) fn restrict(socket_file: Option<&Path>) -> Result<bool, Box<dyn Error + Send + Sync>> {
+/// Leaves nothing but the removal of files beside `socket_files`. `false`: this kernel has no Landlock.
+pub(super) fn restrict(socket_files: &[&Path]) -> Result<bool, Box<dyn Error + Send + Sync>> {
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))?
         .handle_access(AccessNet::from_all(KNOWN))?
         .scope(Scope::from_all(KNOWN))?
         .create()?;
-    if let Some(file) = socket_file {
-        let directory = PathFd::new(directory_of(file))?;
+    let directories: BTreeSet<PathBuf> = socket_files.iter().map(|file| directory_of(file)).collect();
+    for directory in directories {
+        let directory = PathFd::new(directory)?;
         ruleset = ruleset.add_rule(PathBeneath::new(directory, AccessFs::RemoveFile))?;
     }
     let status = ruleset.restrict_self()?;
