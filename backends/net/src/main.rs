@@ -10,11 +10,13 @@ mod port;
 mod queue;
 mod sandbox;
 mod shared;
+mod switch;
 mod tap;
 
 use std::fs;
 use std::io::Write;
 use std::os::fd::RawFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,19 +26,24 @@ use cleave_common::cpus::CpuList;
 use cleave_common::exit::Failure;
 use cleave_common::interface::{self, NotAnInterfaceName};
 use cleave_common::mac::MacAddress;
-use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, cpus};
+use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, claim_descriptors, cpus};
 use tracing::info;
 
 use device::{MAX_PAIRS, Net, NetError, NetOptions};
+use switch::SwitchArgs;
 use tap::{Tap, TapError, TapSource};
 
 /// Connect a virtual machine to a network, as virtio-net over vhost-user
 #[derive(Debug, Parser)]
 #[command(name = "cleave-net", version, after_help = EXIT_CODES, after_long_help = LONG_HELP)]
-#[command(group = ArgGroup::new("port").args(["tap", "tap_fd", "print_capabilities"]).required(true).multiple(true))]
+#[command(group = ArgGroup::new("way").args(["tap", "tap_fd", "switch", "print_capabilities"]).required(true).multiple(true))]
+#[command(mut_arg("socket_path", |arg| arg.required_unless_present("switch")))]
 struct Args {
     #[command(flatten)]
     common: CommonArgs,
+
+    #[command(flatten)]
+    switch: SwitchArgs,
 
     /// The tap device: opened if there is one of this name, else made, and removed in the end
     #[arg(long, value_name = "NAME", conflicts_with = "tap_fd", value_parser = interface_name)]
@@ -112,6 +119,9 @@ fn run(args: Args) -> Result<(), Failure> {
         let json = capabilities_json("net", &[]);
         return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
     }
+    if let Some(directory) = args.switch.switch.clone() {
+        return run_switch(args, &directory);
+    }
     let (mode, max_queue_size) = (args.common.sandbox, args.common.queue_size);
     let (socket, inherited) = args.common.claim_socket_and(&args.tap_fd)?;
     let signals = Signals::new().map_err(Failure::host)?;
@@ -140,6 +150,27 @@ fn run(args: Args) -> Result<(), Failure> {
     };
     let mut net = Net::new(Arc::new(tap), options)?;
     cleave_runtime::run(&mut net, endpoint, &signals, &confined)
+}
+
+fn run_switch(args: Args, directory: &Path) -> Result<(), Failure> {
+    let inherited = claim_descriptors(&args.tap_fd, None);
+    let signals = Signals::new().map_err(Failure::host)?;
+    args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(NetError::from)?;
+    let source = match args.tap {
+        Some(name) => Some(TapSource::Name(name, 1)),
+        None if args.tap_fd.is_empty() => None,
+        None => Some(TapSource::Inherited(all_open(&args.tap_fd, inherited)?)),
+    };
+    let tap = source.map(|source| Tap::open(source, args.bridge.as_deref(), args.mtu)).transpose()?;
+    let common = switch::Common {
+        mode: args.common.sandbox,
+        pairs: args.queues.unwrap_or(1),
+        max_queue_size: args.common.queue_size,
+        mtu: args.mtu,
+        poll: Duration::from_micros(args.poll_us.into()),
+        cpus: args.cpus,
+    };
+    switch::serve(&args.switch, directory, tap, common, &signals)
 }
 
 fn all_open(

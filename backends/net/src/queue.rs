@@ -76,11 +76,11 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    fn new(vring: Vring) -> Self {
+    pub(crate) fn new(vring: Vring) -> Self {
         Self { vring, broken: false, kicks_wanted: true, complaints: Complaints::default() }
     }
 
-    fn serves(&self) -> bool {
+    pub(crate) fn serves(&self) -> bool {
         self.vring.is_started() && !self.broken
     }
 
@@ -88,12 +88,20 @@ impl Ring {
     fn check<T>(&mut self, outcome: Result<T, QueueError>) -> Option<T> {
         outcome
             .inspect_err(|error| {
-                if !std::mem::replace(&mut self.broken, true) {
-                    warn!("{} is broken until it is set up again: {error}", self.vring.index());
+                if self.leave_alone(error) {
                     self.vring.signal_broken();
                 }
             })
             .ok()
+    }
+
+    /// The ring is broken. `true`: it was not before, and the frontend is to be told.
+    pub(crate) fn leave_alone(&mut self, error: &QueueError) -> bool {
+        let first = !std::mem::replace(&mut self.broken, true);
+        if first {
+            warn!("{} is broken until it is set up again: {error}", self.vring.index());
+        }
+        first
     }
 
     pub(crate) fn complain(&mut self, what: &dyn Display) {
@@ -186,13 +194,13 @@ impl Server<'_> {
 }
 
 /// Without what it waits by, a thread can neither serve nor be stopped.
-fn give_up(what: &str, error: &io::Error) -> ! {
+pub(crate) fn give_up(what: &str, error: &io::Error) -> ! {
     error!("{what}: {error}");
     std::process::exit(ExitCode::Host as i32);
 }
 
 /// Ends the process if the port is no more: whoever started it can start another one, with a port.
-fn end_if_gone(port: &dyn Port, error: &io::Error) {
+pub(crate) fn end_if_gone(port: &dyn Port, error: &io::Error) {
     if port.is_gone() {
         give_up("the tap device is gone", error);
     }

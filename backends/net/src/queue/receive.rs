@@ -46,7 +46,9 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 /// What the thread of the receive queue of `pair` waits by.
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
-    waiter.watch_port(shared.port.fd(pair), EventFlags::IN)?;
+    if let Some(fd) = shared.port.fd(pair) {
+        waiter.watch_port(fd, EventFlags::IN)?;
+    }
     waiter.watch_port(shared.nudge_fd(pair), EventFlags::IN)?;
     Ok(waiter)
 }
