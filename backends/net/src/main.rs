@@ -45,7 +45,7 @@ struct Args {
     #[command(flatten)]
     switch: SwitchArgs,
 
-    /// The tap device: opened if there is one of this name, else made, and removed in the end
+    /// The tap device: opened if there is one of this name, else made, and removed in the end. A switch can do without
     #[arg(long, value_name = "NAME", conflicts_with = "tap_fd", value_parser = interface_name)]
     tap: Option<String>,
 
@@ -65,7 +65,7 @@ struct Args {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..=65521))]
     mtu: Option<u16>,
 
-    /// Pairs of queues, each queue served by a thread of its own
+    /// Pairs of queues (of each port of a switch), each queue served by a thread of its own
     #[arg(long, value_name = "N", conflicts_with = "tap_fd", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
     queues: Option<u16>,
 
@@ -93,6 +93,8 @@ Examples:
     cleave-net --socket-path /run/vm/net.sock --tap tap0 --queues 2
   A tap device from whoever starts the daemon (opened with IFF_TAP, IFF_NO_PI, IFF_VNET_HDR):
     cleave-net --fd 3 --tap-fd 4
+  A switch between guests, which listens on /run/net/port0 to port3; tap0 is the way to the world:
+    cleave-net --switch /run/net --ports 4 --tap tap0 --bridge br0
 
 A tap device that was made here stays when the daemon is killed, with its addresses and its bridge, and the next daemon
 of the same --tap goes on with it; it is removed when the daemon ends in order (SIGTERM, or the frontend of --fd goes).
@@ -153,6 +155,11 @@ fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn run_switch(args: Args, directory: &Path) -> Result<(), Failure> {
+    switch::refuse([
+        ("--socket-path", args.common.socket_path.is_some()),
+        ("--fd", args.common.fd.is_some()),
+        ("--mac (a port's is --port NAME,mac=ADDRESS)", args.mac.is_some()),
+    ])?;
     let inherited = claim_descriptors(&args.tap_fd, None);
     let signals = Signals::new().map_err(Failure::host)?;
     args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(NetError::from)?;

@@ -134,12 +134,13 @@ fn spawn(
     let Member { name, mut device, endpoint } = member;
     let relay = Arc::new(Relay::new()?);
     let (begin, may_begin) = mpsc::channel();
+    let (ready, is_ready) = mpsc::channel();
     let orders = relay.clone();
     let thread = thread::Builder::new().name(name.clone()).stack_size(STACK).spawn(move || {
         name_thread("session");
         let _named = Member::span(&name).entered();
         let serve = || -> Result<(), Failure> {
-            drop_memory_lock().map_err(Failure::host)?;
+            let _ = ready.send(drop_memory_lock());
             // Nobody lets it begin: the others could not be started.
             let Ok(()) = may_begin.recv() else { return Ok(()) };
             let administrator = Administrator { orders: &*orders, program, device: Some(&name) };
@@ -150,6 +151,8 @@ fn spawn(
         let _ = outcomes.send(outcome);
         let _ = rustix::io::write(&*event, &1u64.to_ne_bytes());
     })?;
+    // Starting a thread takes system calls that serving does not.
+    is_ready.recv().map_err(std::io::Error::other)??;
     Ok(Server { relay, begin, thread })
 }
 

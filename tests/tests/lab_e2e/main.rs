@@ -12,6 +12,7 @@ mod network;
 mod refusals;
 mod rig;
 mod survival;
+mod switch;
 mod uarts;
 
 use std::ffi::OsString;
@@ -41,6 +42,7 @@ const GROUPS: &[&str] = &[
     "survival::",
     "debian::",
     "network::",
+    "switch::",
     "boots::",
     "daemons::",
     "faults::",
@@ -65,6 +67,7 @@ fn cases() -> Vec<Case> {
         refusals::CASES,
         survival::CASES,
         network::CASES,
+        switch::CASES,
     ]
     .concat()
 }

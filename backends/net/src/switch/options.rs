@@ -13,7 +13,9 @@ use super::MAX_PORTS;
 pub(crate) struct SwitchArgs {
     /// Connect guests with one another: a socket for each of them in this directory, which is made if there is none. A tap
     /// device is the way to the world, if one is given
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["socket_path", "fd", "mac"])]
+    // What it does not go with is refused later: an option that is in conflict with one given is no longer missed by those
+    // that require it.
+    #[arg(long, value_name = "DIR")]
     pub(crate) switch: Option<PathBuf>,
 
     /// So many ports: DIR/port0, DIR/port1 and so on

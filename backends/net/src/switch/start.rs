@@ -25,6 +25,8 @@ const DEFAULT_MTU: u16 = 1500;
 /// Why there is no switch.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
+    #[error("--switch has a socket for each port: leave {0} out")]
+    NotWith(&'static str),
     #[error("a switch needs ports: --ports N, or --port NAME for each")]
     NoPorts,
     #[error("{0} ports are too many: {MAX_PORTS} are possible")]
@@ -58,6 +60,14 @@ pub(crate) struct Common {
     pub(crate) mtu: Option<u16>,
     pub(crate) poll: Duration,
     pub(crate) cpus: Option<CpuList>,
+}
+
+/// Refuses what is about one device alone.
+pub(crate) fn refuse(alone: [(&'static str, bool); 3]) -> Result<(), Failure> {
+    match alone.into_iter().find(|(_, given)| *given) {
+        Some((option, _)) => Err(StartError::NotWith(option).into()),
+        None => Ok(()),
+    }
 }
 
 /// Serves a switch until a signal asks it to end.

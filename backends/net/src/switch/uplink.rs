@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
 use cleave_common::sandbox::{drop_memory_lock, name_thread};
@@ -112,13 +113,14 @@ impl UplinkThread {
     pub(crate) fn start(switch: Arc<Switch>, uplink: Arc<Uplink>) -> io::Result<Self> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let stopped = stop.clone();
+        let (ready, is_ready) = mpsc::channel();
         let thread = thread::Builder::new().name("uplink".to_owned()).spawn(move || {
             name_thread("queue");
-            if let Err(error) = drop_memory_lock() {
-                give_up("the uplink's thread cannot drop privileges", &error);
-            }
+            let _ = ready.send(drop_memory_lock());
             serve(&switch, &uplink, &stopped);
         })?;
+        // Starting a thread takes system calls that serving does not.
+        is_ready.recv().map_err(io::Error::other)??;
         Ok(Self { stop, thread: Some(thread) })
     }
 }
