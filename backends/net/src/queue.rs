@@ -26,7 +26,7 @@ use std::time::Instant;
 
 use cleave_common::exit::ExitCode;
 use cleave_runtime::{Command, Complaints, Inbox, Polling, RingError, Vring};
-use tracing::{error, warn};
+use tracing::{Span, error, warn};
 
 use crate::port::Port;
 pub(crate) use waiter::{Ready, Waiter};
@@ -73,11 +73,19 @@ pub(crate) struct Ring {
     /// The guest has been asked for kicks, or may think so.
     kicks_wanted: bool,
     complaints: Complaints,
+    /// Where it is said: of several devices in this process each has its name there, whichever thread finds what is wrong.
+    span: Span,
 }
 
 impl Ring {
     pub(crate) fn new(vring: Vring) -> Self {
-        Self { vring, broken: false, kicks_wanted: true, complaints: Complaints::default() }
+        Self {
+            vring,
+            broken: false,
+            kicks_wanted: true,
+            complaints: Complaints::default(),
+            span: Span::current(),
+        }
     }
 
     pub(crate) fn serves(&self) -> bool {
@@ -99,13 +107,15 @@ impl Ring {
     pub(crate) fn leave_alone(&mut self, error: &QueueError) -> bool {
         let first = !std::mem::replace(&mut self.broken, true);
         if first {
-            warn!("{} is broken until it is set up again: {error}", self.vring.index());
+            let index = self.vring.index();
+            self.span.in_scope(|| warn!("{index} is broken until it is set up again: {error}"));
         }
         first
     }
 
     pub(crate) fn complain(&mut self, what: &dyn Display) {
-        self.complaints.add(self.vring.index(), what);
+        let Self { vring, complaints, span, .. } = self;
+        span.in_scope(|| complaints.add(vring.index(), what));
     }
 }
 

@@ -72,10 +72,11 @@ fn until_it_takes(from: &mut NetDriver, to: &mut NetDriver, frame: &[u8]) {
     loop {
         from.send(0, &PLAIN, frame).unwrap();
         match to.receive_within(0, Duration::from_millis(20)).unwrap() {
-            Some(came) if came.bytes == frame => return,
+            Some(came) if came.bytes == frame => break,
             _ => assert!(std::time::Instant::now() < deadline, "no frame comes"),
         }
     }
+    empty(to);
 }
 
 /// Both can reach each other.
@@ -125,6 +126,7 @@ fn an_address_is_learned_and_what_is_not_known_goes_to_all() {
     until_it_takes(&mut a, &mut b, &between(0, 1, 1, 60));
     until_it_takes(&mut a, &mut c, &between(0, 1, 2, 60));
     empty(&mut b);
+    empty(&mut c);
     // a has.
     passes(&mut b, &mut a, &between(1, 0, 3, 60));
     nothing_comes(&mut c);
@@ -141,6 +143,7 @@ fn an_address_is_learned_and_what_is_not_known_goes_to_all() {
     c.send(0, &PLAIN, &moved).unwrap();
     assert_eq!(b.receive(0).unwrap().bytes, moved);
     assert_eq!(a.receive(0).unwrap().bytes, moved);
+    nothing_comes(&mut c);
     passes(&mut a, &mut c, &between(0, 1, 7, 60));
     nothing_comes(&mut b);
     // To itself, and what is between bridges alone.
@@ -148,10 +151,7 @@ fn an_address_is_learned_and_what_is_not_known_goes_to_all() {
     a.send(0, &PLAIN, &frame([1, 0x80, 0xc2, 0, 0, 1], guest(0), 9, 60)).unwrap();
     nothing_comes(&mut b);
     nothing_comes(&mut c);
-    passes(&mut a, &mut b, &{
-        let tree = frame([1, 0x80, 0xc2, 0, 0, 0], guest(0), 10, 60);
-        tree
-    });
+    passes(&mut a, &mut b, &frame([1, 0x80, 0xc2, 0, 0, 0], guest(0), 10, 60));
 }
 
 #[test]
