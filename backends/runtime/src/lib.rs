@@ -6,6 +6,7 @@
 mod args;
 mod backend_channel;
 mod complaints;
+mod control;
 pub mod cpus;
 mod device;
 mod dirty_log;
@@ -24,6 +25,9 @@ mod vring;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json, claim_descriptors};
 pub use complaints::Complaints;
+pub use control::{
+    Control, ControlArgs, ControlServer, ControlSocket, ControlSocketError, CtlArgs, DaemonCommand,
+};
 pub use device::{Device, Stop};
 pub use many::{Member, run_all};
 pub use memory::{GuestMemory, MemoryError};

@@ -25,6 +25,7 @@ use cleave_common::sandbox::{drop_memory_lock, report_violations};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{debug, warn};
 
+use crate::control::ControlSocket;
 use crate::footprint::Text;
 use crate::socket::Endpoint;
 pub(crate) use lost_memory::report_lost_memory;
@@ -57,7 +58,7 @@ impl From<SandboxError> for Failure {
 
 /// What a device needs beyond what every daemon does to serve.
 #[derive(Debug, Default)]
-pub struct Sandbox {
+pub struct Sandbox<'a> {
     /// Whose last words a violation's are: "cleave-block".
     pub program: &'static str,
     pub mode: SandboxMode,
@@ -65,6 +66,8 @@ pub struct Sandbox {
     pub syscalls: &'static [i64],
     /// Requests of ioctl.
     pub ioctls: &'static [u64],
+    /// A control socket, whose file is to be removed in the end.
+    pub control: Option<&'a ControlSocket>,
 }
 
 #[derive(Debug)]
@@ -82,7 +85,7 @@ pub struct Confined {
     pub(crate) text: Option<Text>,
 }
 
-impl Sandbox {
+impl Sandbox<'_> {
     /// Call it when all is open that is ever to be, and before the first thread.
     ///
     /// # Errors
@@ -107,7 +110,10 @@ impl Sandbox {
         }
         raise_memlock_limit();
         capabilities::drop_most().map_err(SandboxError::Capabilities)?;
-        let files: Vec<&Path> = endpoints.into_iter().filter_map(Endpoint::socket_file).collect();
+        let mut files: Vec<&Path> = self.control.map(ControlSocket::file).into_iter().collect();
+        for endpoint in endpoints {
+            files.extend(endpoint.socket_file());
+        }
         if !landlock::restrict(&files).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");
         }

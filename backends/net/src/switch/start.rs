@@ -85,7 +85,8 @@ pub(crate) fn serve(
         Some(true) => (sandbox::SYSCALLS, sandbox::IOCTLS_OF_OURS),
         Some(false) => (sandbox::SYSCALLS, sandbox::IOCTLS),
     };
-    let sandbox = Sandbox { program: "cleave-net", mode: common.mode, syscalls, ioctls };
+    let sandbox =
+        Sandbox { program: "cleave-net", mode: common.mode, syscalls, ioctls, ..Sandbox::default() };
     let confined = sandbox.enter_for(&endpoints)?;
     let uplink = tap.map(Uplink::new).transpose().map_err(StartError::SetUp)?.map(Arc::new);
     let options = SwitchOptions {
