@@ -76,11 +76,10 @@ fn tiny(rig: &Rig, socket: &Path) -> Outcome<Vm> {
     Ok(vm)
 }
 
-/// The last word of the first line that starts with `mark`.
+/// The word behind the last `mark`. A line may start with what tells a terminal of the shell's.
 fn word(said: &str, mark: &str) -> Outcome<String> {
-    let line = said.lines().rev().find(|line| line.starts_with(mark));
-    let word = line.and_then(|line| line.split_whitespace().nth(1));
-    word.map(str::to_owned).ok_or_else(|| format!("no line starts with {mark:?} in:\n{said}"))
+    let word = said.rsplit_once(mark).and_then(|(_, rest)| rest.split_whitespace().next());
+    word.map(str::to_owned).ok_or_else(|| format!("nothing is behind {mark:?} in:\n{said}"))
 }
 
 fn fetch(rig: &Rig) -> Outcome<()> {
