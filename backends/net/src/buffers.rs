@@ -30,6 +30,9 @@ pub(crate) struct GuestBuffers {
     len: usize,
 }
 
+// SAFETY: the entries point into memory that `memory` keeps mapped, whichever thread holds this.
+unsafe impl Send for GuestBuffers {}
+
 impl GuestBuffers {
     pub(crate) fn new(memory: Arc<GuestMemory>) -> Self {
         Self { memory, entries: Vec::new(), len: 0 }
@@ -104,6 +107,32 @@ impl GuestBuffers {
         // SAFETY: all entries are guest memory that `self.memory` keeps mapped.
         let written = unsafe { libc::writev(fd.as_raw_fd(), self.entries.as_ptr(), count) };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Writes `start`, and behind it all but the first `skip` bytes.
+    pub(crate) fn writev_behind(&self, fd: BorrowedFd<'_>, start: &[u8], skip: usize) -> io::Result<usize> {
+        // Room for all entries: there are no more, and a kernel takes these.
+        let mut entries = Vec::with_capacity(self.entries.len() + 1);
+        entries.push(libc::iovec { iov_base: start.as_ptr().cast_mut().cast(), iov_len: start.len() });
+        self.each_part(skip, self.len.saturating_sub(skip), |_, place, len| {
+            entries.push(libc::iovec { iov_base: place.cast(), iov_len: len });
+        });
+        // SAFETY: the first entry is `start`, which is only read; the others are guest memory that `self.memory` keeps mapped.
+        let written = unsafe { libc::writev(fd.as_raw_fd(), entries.as_ptr(), entries.len() as libc::c_int) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Copies `len` bytes from `offset` on to `to_offset` in `to`, which is another guest's memory, or at least another
+    /// mapping of it; as far as there are buffers on both sides.
+    pub(crate) fn copy_to(&self, offset: usize, len: usize, to: &Self, to_offset: usize) {
+        self.each_part(offset, len, |at, from, part| {
+            to.each_part(to_offset + at, part, |inner, place, len| {
+                // SAFETY: `from` has `part` bytes, of which `inner + len` are no more; `place` has `len`. Both are guest
+                // memory that stays mapped, at different addresses, for each port maps its guest's anew. Whatever the
+                // guests write there meanwhile are bytes, too.
+                unsafe { std::ptr::copy_nonoverlapping(from.add(inner), place, len) };
+            });
+        });
     }
 
     /// Copies `bytes` to `offset` bytes from the start, as far as there are buffers.

@@ -1,6 +1,7 @@
 //! What the queues of each pair have done since the daemon started.
 //!
-//! Invariant: one thread writes a count, the queue's, so that it needs no more than to be seen by whoever reports.
+//! Invariant: one thread at a time writes a count, the queue's or whoever has its lock, so that it needs no more than to be seen
+//! by whoever reports.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct Count(AtomicU64);
 
 impl Count {
-    /// By the one thread that writes it.
+    /// By the one thread that writes it now.
     pub(crate) fn add_one(&self) {
         self.0.store(self.get() + 1, Ordering::Relaxed);
     }
@@ -28,6 +29,8 @@ pub(crate) struct Received {
     pub(crate) unwanted: Count,
     /// The driver has no buffers that would hold them.
     pub(crate) too_long: Count,
+    /// It has none now. Where frames can wait, they do.
+    pub(crate) no_room: Count,
     pub(crate) failed: Count,
 }
 
@@ -55,11 +58,12 @@ impl fmt::Display for Total<'_> {
             |count: fn(&PairCounters) -> &Count| -> u64 { self.0.iter().map(|pair| count(pair).get()).sum() };
         write!(
             f,
-            "{} frames received (dropped: {} not wanted, {} too long, {} failed), \
+            "{} frames received (dropped: {} not wanted, {} too long, {} without room, {} failed), \
              {} sent (dropped: {} malformed, {} failed)",
             sum(|pair| &pair.received.delivered),
             sum(|pair| &pair.received.unwanted),
             sum(|pair| &pair.received.too_long),
+            sum(|pair| &pair.received.no_room),
             sum(|pair| &pair.received.failed),
             sum(|pair| &pair.sent.sent),
             sum(|pair| &pair.sent.malformed),
@@ -81,7 +85,7 @@ mod tests {
         pairs[0].sent.malformed.add_one();
         assert_eq!(
             Total(&pairs).to_string(),
-            "2 frames received (dropped: 1 not wanted, 0 too long, 0 failed), 0 sent (dropped: 1 malformed, 0 failed)"
+            "2 frames received (dropped: 1 not wanted, 0 too long, 0 without room, 0 failed), 0 sent (dropped: 1 malformed, 0 failed)"
         );
     }
 }

@@ -16,6 +16,7 @@ use cleave_common::virtio::DeviceType;
 use cleave_runtime::cpus::{self, CpusError};
 use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use tracing::Span;
 
 use crate::config_space::feature;
 use crate::counters::Total;
@@ -124,6 +125,8 @@ fn watch_changes(shared: &Shared) -> io::Result<OwnedFd> {
 
 fn spawn(shared: &Arc<Shared>, role: Role, cpus: Option<CpuList>) -> Result<QueueThread, NetError> {
     let (prepared, shared) = (shared.clone(), shared.clone());
+    // Of several devices in this process each has its name in what its threads say.
+    let named = Span::current();
     let (name, number) = match role {
         Role::Receive(pair) => (format!("rx{pair}"), 2 * pair),
         Role::Transmit(pair) => (format!("tx{pair}"), 2 * pair + 1),
@@ -134,7 +137,10 @@ fn spawn(shared: &Arc<Shared>, role: Role, cpus: Option<CpuList>) -> Result<Queu
         move || {
             cpus.map_or(Ok(()), |cpus| cpus::pin(&cpus, number))?;
             match role {
-                Role::Receive(pair) => receive::waiter(pair, &prepared),
+                Role::Receive(pair) => match prepared.port.inlet(pair) {
+                    Some(inlet) => inlet.waiter(),
+                    None => receive::waiter(pair, &prepared),
+                },
                 Role::Transmit(pair) => transmit::waiter(pair, &prepared),
                 Role::Control => Waiter::new(),
             }
@@ -146,8 +152,12 @@ fn spawn(shared: &Arc<Shared>, role: Role, cpus: Option<CpuList>) -> Result<Queu
                 tracing::error!("a queue's thread cannot wait for commands: {error}");
                 std::process::exit(ExitCode::Host as i32);
             }
+            let _named = named.enter();
             match role {
-                Role::Receive(pair) => receive::serve(pair, &waiter, &inbox, &shared),
+                Role::Receive(pair) => match shared.port.inlet(pair) {
+                    Some(inlet) => inlet.serve(pair, &waiter, &inbox, &shared),
+                    None => receive::serve(pair, &waiter, &inbox, &shared),
+                },
                 Role::Transmit(pair) => transmit::serve(pair, &waiter, &inbox, &shared),
                 Role::Control => control::serve(&waiter, &inbox, &shared),
             }
@@ -170,6 +180,10 @@ impl Device for Net {
 
     fn num_queues(&self) -> u16 {
         2 * self.pairs() + 1
+    }
+
+    fn needs_sealed_memory(&self) -> bool {
+        self.shared.port.inlet(0).is_some()
     }
 
     fn max_queue_size(&self) -> u16 {
@@ -215,7 +229,8 @@ impl Device for Net {
     fn report(&self) -> String {
         // Not the port's word: asking it takes away what says that the link has changed.
         let link = if self.shared.link_is_up() { "up" } else { "down" };
-        format!("the link is {link}; {}", Total(&self.shared.counters))
+        let port = self.shared.port.report().map(|report| format!("; {report}")).unwrap_or_default();
+        format!("the link is {link}; {}{port}", Total(&self.shared.counters))
     }
 
     fn change_fd(&self) -> Option<BorrowedFd<'_>> {

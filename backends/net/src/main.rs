@@ -10,11 +10,13 @@ mod port;
 mod queue;
 mod sandbox;
 mod shared;
+mod switch;
 mod tap;
 
 use std::fs;
 use std::io::Write;
 use std::os::fd::RawFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,21 +26,26 @@ use cleave_common::cpus::CpuList;
 use cleave_common::exit::Failure;
 use cleave_common::interface::{self, NotAnInterfaceName};
 use cleave_common::mac::MacAddress;
-use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, cpus};
+use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, claim_descriptors, cpus};
 use tracing::info;
 
 use device::{MAX_PAIRS, Net, NetError, NetOptions};
+use switch::SwitchArgs;
 use tap::{Tap, TapError, TapSource};
 
 /// Connect a virtual machine to a network, as virtio-net over vhost-user
 #[derive(Debug, Parser)]
 #[command(name = "cleave-net", version, after_help = EXIT_CODES, after_long_help = LONG_HELP)]
-#[command(group = ArgGroup::new("port").args(["tap", "tap_fd", "print_capabilities"]).required(true).multiple(true))]
+#[command(group = ArgGroup::new("way").args(["tap", "tap_fd", "switch", "print_capabilities"]).required(true).multiple(true))]
+#[command(mut_arg("socket_path", |arg| arg.required_unless_present("switch")))]
 struct Args {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// The tap device: opened if there is one of this name, else made, and removed in the end
+    #[command(flatten)]
+    switch: SwitchArgs,
+
+    /// The tap device: opened if there is one of this name, else made, and removed in the end. A switch can do without
     #[arg(long, value_name = "NAME", conflicts_with = "tap_fd", value_parser = interface_name)]
     tap: Option<String>,
 
@@ -58,7 +65,7 @@ struct Args {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..=65521))]
     mtu: Option<u16>,
 
-    /// Pairs of queues, each queue served by a thread of its own
+    /// Pairs of queues (of each port of a switch), each queue served by a thread of its own
     #[arg(long, value_name = "N", conflicts_with = "tap_fd", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
     queues: Option<u16>,
 
@@ -86,6 +93,8 @@ Examples:
     cleave-net --socket-path /run/vm/net.sock --tap tap0 --queues 2
   A tap device from whoever starts the daemon (opened with IFF_TAP, IFF_NO_PI, IFF_VNET_HDR):
     cleave-net --fd 3 --tap-fd 4
+  A switch between guests, which listens on /run/net/port0 to port3; tap0 is the way to the world:
+    cleave-net --switch /run/net --ports 4 --tap tap0 --bridge br0
 
 A tap device that was made here stays when the daemon is killed, with its addresses and its bridge, and the next daemon
 of the same --tap goes on with it; it is removed when the daemon ends in order (SIGTERM, or the frontend of --fd goes).
@@ -111,6 +120,9 @@ fn run(args: Args) -> Result<(), Failure> {
     if args.common.print_capabilities {
         let json = capabilities_json("net", &[]);
         return writeln!(std::io::stdout(), "{json}").map_err(Failure::host);
+    }
+    if let Some(directory) = args.switch.switch.clone() {
+        return run_switch(args, &directory);
     }
     let (mode, max_queue_size) = (args.common.sandbox, args.common.queue_size);
     let (socket, inherited) = args.common.claim_socket_and(&args.tap_fd)?;
@@ -141,6 +153,32 @@ fn run(args: Args) -> Result<(), Failure> {
     };
     let mut net = Net::new(Arc::new(tap), options)?;
     cleave_runtime::run(&mut net, endpoint, &signals, &confined)
+}
+
+fn run_switch(args: Args, directory: &Path) -> Result<(), Failure> {
+    switch::refuse([
+        ("--socket-path", args.common.socket_path.is_some()),
+        ("--fd", args.common.fd.is_some()),
+        ("--mac (a port's is --port NAME,mac=ADDRESS)", args.mac.is_some()),
+    ])?;
+    let inherited = claim_descriptors(&args.tap_fd, None);
+    let signals = Signals::new().map_err(Failure::host)?;
+    args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(NetError::from)?;
+    let source = match args.tap {
+        Some(name) => Some(TapSource::Name(name, 1)),
+        None if args.tap_fd.is_empty() => None,
+        None => Some(TapSource::Inherited(all_open(&args.tap_fd, inherited)?)),
+    };
+    let tap = source.map(|source| Tap::open(source, args.bridge.as_deref(), args.mtu)).transpose()?;
+    let common = switch::Common {
+        mode: args.common.sandbox,
+        pairs: args.queues.unwrap_or(1),
+        max_queue_size: args.common.queue_size,
+        mtu: args.mtu,
+        poll: Duration::from_micros(args.poll_us.into()),
+        cpus: args.cpus,
+    };
+    switch::serve(&args.switch, directory, tap, common, &signals)
 }
 
 fn all_open(

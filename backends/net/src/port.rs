@@ -1,10 +1,11 @@
-//! Where frames go to and come from: a tap device now. Whatever has frames with a virtio-net header can be one.
+//! Where frames go to and come from: a tap device, a switch. Whatever has frames with a virtio-net header can be one.
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 use crate::buffers::GuestBuffers;
+use crate::switch::inlet::Inlet;
 
 /// What is between the guest and the world, by pairs of queues. Shared by all queues' threads; no call waits.
 pub(crate) trait Port: Debug + Send + Sync {
@@ -26,8 +27,15 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// It cannot have so many pairs.
     fn set_active(&self, pair: u16, active: bool) -> io::Result<()>;
 
-    /// Readable, or writable, when pair `pair` has a frame, or room for one.
-    fn fd(&self, pair: u16) -> BorrowedFd<'_>;
+    /// Readable, or writable, when pair `pair` has a frame, or room for one. `None`: it always has room, and frames are
+    /// brought to its [`Port::inlet`].
+    fn fd(&self, pair: u16) -> Option<BorrowedFd<'_>>;
+
+    /// Where others put frames for pair `pair`, if it does not have them received.
+    fn inlet(&self, pair: u16) -> Option<&Inlet> {
+        let _ = pair;
+        None
+    }
 
     /// Takes the next frame, behind its header, into `buffers`, and what does not fit there into `spill`. Gives the bytes.
     ///
@@ -40,6 +48,16 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// # Errors
     /// `WouldBlock` when there is no room now; others concern this frame, unless [`Port::is_gone`].
     fn send(&self, pair: u16, frame: &GuestBuffers) -> io::Result<()>;
+
+    /// Frames have been sent on `pair`, and the next ones may take a while.
+    fn flush(&self, pair: u16) {
+        let _ = pair;
+    }
+
+    /// What there is to say of it to a person, if anything.
+    fn report(&self) -> Option<String> {
+        None
+    }
 
     /// Whether it is no more, and will not come back to this process.
     fn is_gone(&self) -> bool;

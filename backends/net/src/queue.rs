@@ -16,6 +16,7 @@
 
 pub(crate) mod control;
 pub(crate) mod receive;
+pub(crate) mod stock;
 pub(crate) mod transmit;
 mod waiter;
 
@@ -25,7 +26,7 @@ use std::time::Instant;
 
 use cleave_common::exit::ExitCode;
 use cleave_runtime::{Command, Complaints, Inbox, Polling, RingError, Vring};
-use tracing::{error, warn};
+use tracing::{Span, error, warn};
 
 use crate::port::Port;
 pub(crate) use waiter::{Ready, Waiter};
@@ -72,14 +73,22 @@ pub(crate) struct Ring {
     /// The guest has been asked for kicks, or may think so.
     kicks_wanted: bool,
     complaints: Complaints,
+    /// Where it is said: of several devices in this process each has its name there, whichever thread finds what is wrong.
+    span: Span,
 }
 
 impl Ring {
-    fn new(vring: Vring) -> Self {
-        Self { vring, broken: false, kicks_wanted: true, complaints: Complaints::default() }
+    pub(crate) fn new(vring: Vring) -> Self {
+        Self {
+            vring,
+            broken: false,
+            kicks_wanted: true,
+            complaints: Complaints::default(),
+            span: Span::current(),
+        }
     }
 
-    fn serves(&self) -> bool {
+    pub(crate) fn serves(&self) -> bool {
         self.vring.is_started() && !self.broken
     }
 
@@ -87,16 +96,26 @@ impl Ring {
     fn check<T>(&mut self, outcome: Result<T, QueueError>) -> Option<T> {
         outcome
             .inspect_err(|error| {
-                if !std::mem::replace(&mut self.broken, true) {
-                    warn!("{} is broken until it is set up again: {error}", self.vring.index());
+                if self.leave_alone(error) {
                     self.vring.signal_broken();
                 }
             })
             .ok()
     }
 
+    /// The ring is broken. `true`: it was not before, and the frontend is to be told.
+    pub(crate) fn leave_alone(&mut self, error: &QueueError) -> bool {
+        let first = !std::mem::replace(&mut self.broken, true);
+        if first {
+            let index = self.vring.index();
+            self.span.in_scope(|| warn!("{index} is broken until it is set up again: {error}"));
+        }
+        first
+    }
+
     pub(crate) fn complain(&mut self, what: &dyn Display) {
-        self.complaints.add(self.vring.index(), what);
+        let Self { vring, complaints, span, .. } = self;
+        span.in_scope(|| complaints.add(vring.index(), what));
     }
 }
 
@@ -185,13 +204,13 @@ impl Server<'_> {
 }
 
 /// Without what it waits by, a thread can neither serve nor be stopped.
-fn give_up(what: &str, error: &io::Error) -> ! {
+pub(crate) fn give_up(what: &str, error: &io::Error) -> ! {
     error!("{what}: {error}");
     std::process::exit(ExitCode::Host as i32);
 }
 
 /// Ends the process if the port is no more: whoever started it can start another one, with a port.
-fn end_if_gone(port: &dyn Port, error: &io::Error) {
+pub(crate) fn end_if_gone(port: &dyn Port, error: &io::Error) {
     if port.is_gone() {
         give_up("the tap device is gone", error);
     }

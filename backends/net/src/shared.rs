@@ -26,7 +26,7 @@ use tracing::{debug, warn};
 use crate::config_space::{ConfigSpace, feature};
 use crate::control::{CommandError, Settings};
 use crate::counters::PairCounters;
-use crate::filter::Filter;
+use crate::filter::{Filter, LOOK_AT};
 use crate::port::Port;
 
 #[derive(Debug)]
@@ -229,7 +229,7 @@ impl Shared {
     }
 
     /// The filter, if it is another one than that of `version`.
-    pub(crate) fn newer_filter(&self, version: u64) -> Option<(u64, Filter)> {
+    fn newer_filter(&self, version: u64) -> Option<(u64, Filter)> {
         if self.filter_version.load(Ordering::Acquire) == version {
             return None;
         }
@@ -237,7 +237,7 @@ impl Shared {
     }
 
     /// The filter and its version.
-    pub(crate) fn filter(&self) -> (u64, Filter) {
+    fn filter(&self) -> (u64, Filter) {
         // Both change under this lock only.
         let state = self.state();
         (self.filter_version.load(Ordering::Acquire), state.settings.filter.clone())
@@ -281,6 +281,33 @@ impl Shared {
 
     pub(crate) fn nudge_fd(&self, pair: u16) -> BorrowedFd<'_> {
         self.nudges[usize::from(pair)].as_fd()
+    }
+}
+
+/// The filter as one queue knows it.
+#[derive(Debug)]
+pub(crate) struct CurrentFilter {
+    version: u64,
+    filter: Filter,
+}
+
+impl CurrentFilter {
+    pub(crate) fn of(shared: &Shared) -> Self {
+        let (version, filter) = shared.filter();
+        Self { version, filter }
+    }
+
+    /// Whether the guest wants a frame, whose first bytes `read` puts somewhere, and says how many they are.
+    pub(crate) fn passes(&mut self, shared: &Shared, read: impl FnOnce(&mut [u8]) -> usize) -> bool {
+        if let Some((version, filter)) = shared.newer_filter(self.version) {
+            *self = Self { version, filter };
+        }
+        if self.filter.promisc {
+            return true;
+        }
+        let mut start = [0; LOOK_AT];
+        let len = read(&mut start);
+        self.filter.passes(&start[..len])
     }
 }
 

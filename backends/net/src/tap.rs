@@ -175,6 +175,10 @@ impl Tap {
         self.ours
     }
 
+    fn queue(&self, pair: u16) -> BorrowedFd<'_> {
+        self.queues[usize::from(pair)].as_fd()
+    }
+
     fn link(&self) -> Result<Link, TapError> {
         let nothing = Link { up: true, mtu: self.mtu.into(), ..Link::default() };
         if !self.visible {
@@ -297,12 +301,12 @@ impl Port for Tap {
         Ok(())
     }
 
-    fn fd(&self, pair: u16) -> BorrowedFd<'_> {
-        self.queues[usize::from(pair)].as_fd()
+    fn fd(&self, pair: u16) -> Option<BorrowedFd<'_>> {
+        Some(self.queue(pair))
     }
 
     fn receive(&self, pair: u16, buffers: &mut GuestBuffers, spill: &mut [u8]) -> io::Result<usize> {
-        buffers.readv(self.fd(pair), spill).map_err(|error| match pair != 0 && is_detached(&error) {
+        buffers.readv(self.queue(pair), spill).map_err(|error| match pair != 0 && is_detached(&error) {
             // No frame comes as long as it is; whoever attaches it wakes the thread.
             true if !self.is_gone() => io::ErrorKind::WouldBlock.into(),
             _ => error,
@@ -310,9 +314,9 @@ impl Port for Tap {
     }
 
     fn send(&self, pair: u16, frame: &GuestBuffers) -> io::Result<()> {
-        let sent = match frame.writev(self.fd(pair)) {
+        let sent = match frame.writev(self.queue(pair)) {
             // A driver that uses a pair it has not asked for: a frame is a frame.
-            Err(error) if pair != 0 && is_detached(&error) => frame.writev(self.fd(0)),
+            Err(error) if pair != 0 && is_detached(&error) => frame.writev(self.queue(0)),
             sent => sent,
         };
         sent.map(drop)

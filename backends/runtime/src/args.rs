@@ -63,17 +63,7 @@ impl CommonArgs {
         self,
         others: &[RawFd],
     ) -> Result<(SocketClaim, Vec<Option<OwnedFd>>), SocketError> {
-        let kept: Vec<RawFd> = others.iter().copied().chain(self.fd).collect();
-        close_inherited(&kept);
-        let mut taken: Vec<RawFd> = self.fd.into_iter().collect();
-        let others = others
-            .iter()
-            .map(|fd| {
-                let again = taken.contains(fd);
-                taken.push(*fd);
-                if again { None } else { take_inherited(*fd) }
-            })
-            .collect();
+        let others = claim_descriptors(others, self.fd);
         let claim = match (self.socket_path, self.fd) {
             (Some(path), _) => Ok(SocketClaim(Claim::Listen(path))),
             (None, fd) => {
@@ -82,6 +72,20 @@ impl CommonArgs {
         };
         claim.map(|claim| (claim, others))
     }
+}
+
+/// Takes the inherited descriptors `wanted`, of which `other` is none, and closes what else was inherited but that one.
+/// `None` for one that is not open, or is named twice. Call it before the process opens anything of its own.
+pub fn claim_descriptors(wanted: &[RawFd], other: Option<RawFd>) -> Vec<Option<OwnedFd>> {
+    let kept: Vec<RawFd> = wanted.iter().copied().chain(other).collect();
+    close_inherited(&kept);
+    let mut taken: Vec<RawFd> = other.into_iter().collect();
+    let take = |fd: &RawFd| {
+        let again = taken.contains(fd);
+        taken.push(*fd);
+        if again { None } else { take_inherited(*fd) }
+    };
+    wanted.iter().map(take).collect()
 }
 
 impl SocketClaim {

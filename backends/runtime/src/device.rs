@@ -36,6 +36,12 @@ pub trait Device {
 
     fn num_queues(&self) -> u16;
 
+    /// Whether guest memory has to be in files that are sealed against shrinking: threads that serve other guests use it,
+    /// too, and neither a file that is cut off nor one whose pages never come may end or stop these.
+    fn needs_sealed_memory(&self) -> bool {
+        false
+    }
+
     /// Entries of the largest queue this device serves, a power of two.
     fn max_queue_size(&self) -> u16;
 

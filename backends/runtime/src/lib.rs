@@ -11,6 +11,7 @@ pub mod cpus;
 mod device;
 mod dirty_log;
 mod footprint;
+mod many;
 mod memory;
 mod polling;
 mod queue_thread;
@@ -23,12 +24,13 @@ mod socket;
 mod vring;
 mod way;
 
-pub use args::{CommonArgs, SocketClaim, capabilities_json, print_capabilities};
+pub use args::{CommonArgs, SocketClaim, capabilities_json, claim_descriptors, print_capabilities};
 pub use complaints::Complaints;
 pub use control::{
     Control, ControlArgs, ControlServer, ControlSocket, ControlSocketError, CtlArgs, DaemonCommand,
 };
 pub use device::{Device, Stop};
+pub use many::{Member, run_all};
 pub use memory::{GuestMemory, MemoryError};
 pub use polling::Polling;
 pub use queue_thread::{Command, Inbox, QueueThread};
@@ -38,7 +40,7 @@ pub use shared::SharedError;
 pub use signals::Signals;
 pub use socket::{Endpoint, Listener, SocketError};
 pub use vring::{
-    Chain, ChainError, InflightError, Kept, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError, Segment,
-    Vring,
+    Caller, Chain, ChainError, InflightError, Kept, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError,
+    Segment, Vring,
 };
 pub use way::Way;

@@ -40,6 +40,11 @@ pub enum MemoryError {
     TooMany,
     #[error("a memory table of {regions} regions came with {fds} file descriptors")]
     Fds { regions: usize, fds: usize },
+    #[error(
+        "guest memory has to be in memfds sealed against shrinking, for other guests are served by this process, too \
+         (QEMU: -object memory-backend-memfd,share=on)"
+    )]
+    NotSealed,
     #[error("memory region {region:x?} cannot be mapped: {reason}")]
     Map { region: MemoryRegion, reason: String },
 }

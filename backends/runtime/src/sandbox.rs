@@ -93,6 +93,17 @@ impl Sandbox<'_> {
     /// # Errors
     /// The kernel has what is asked for, and refuses.
     pub fn enter(self, endpoint: &Endpoint) -> Result<Confined, SandboxError> {
+        self.enter_for([endpoint])
+    }
+
+    /// As [`Sandbox::enter`], for a process that is reached at several endpoints.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn enter_for<'e>(
+        self,
+        endpoints: impl IntoIterator<Item = &'e Endpoint>,
+    ) -> Result<Confined, SandboxError> {
         // It says where the program is in a file, so: now.
         let text = Text::of_this_program();
         if self.mode == SandboxMode::Off {
@@ -101,9 +112,11 @@ impl Sandbox<'_> {
         }
         raise_memlock_limit();
         capabilities::drop_most().map_err(SandboxError::Capabilities)?;
-        let control = self.control.map(ControlSocket::file);
-        let removes = self.removes.iter().map(PathBuf::as_path);
-        let files: Vec<&Path> = endpoint.socket_file().into_iter().chain(control).chain(removes).collect();
+        let mut files: Vec<&Path> = self.control.map(ControlSocket::file).into_iter().collect();
+        for endpoint in endpoints {
+            files.extend(endpoint.socket_file());
+        }
+        files.extend(self.removes.iter().map(PathBuf::as_path));
         if !landlock::restrict(&files).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");
         }

@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use crate::device::Device;
 use crate::sandbox::{Confined, report_lost_memory};
 use crate::session::{Session, reload};
-use crate::signals::{Asked, Signals};
+use crate::signals::{Asked, Orders, Signals};
 use crate::socket::{Endpoint, Listener};
 
 /// How long a second frontend waits for the first one's end.
@@ -55,15 +55,18 @@ enum End {
 }
 
 /// Whoever sends signals, and reads standard error.
-struct Administrator<'a> {
-    signals: &'a Signals,
-    program: &'static str,
+pub(crate) struct Administrator<'a> {
+    pub(crate) orders: &'a dyn Orders,
+    /// Who speaks: the program's name, and of one of several devices which one it is.
+    pub(crate) program: &'static str,
+    pub(crate) device: Option<&'a str>,
 }
 
 impl Administrator<'_> {
     /// On one line that names this process: there are often several, with one standard error.
-    fn tell(&self, report: &str) {
-        logging::print(&format!("{}[{}]: {report}", self.program, std::process::id()));
+    pub(crate) fn tell(&self, report: &str) {
+        let device = self.device.map(|device| format!("{device}: ")).unwrap_or_default();
+        logging::print(&format!("{}[{}]: {device}{report}", self.program, std::process::id()));
     }
 }
 
@@ -77,16 +80,34 @@ pub fn run(
     signals: &Signals,
     confined: &Confined,
 ) -> Result<(), Failure> {
+    close_sandbox(confined)?;
+    serve_endpoint(
+        device,
+        endpoint,
+        &Administrator { orders: signals, program: confined.program, device: None },
+    )
+}
+
+/// What comes between starting and serving, once all threads are there.
+pub(crate) fn close_sandbox(confined: &Confined) -> Result<(), Failure> {
     raise_descriptor_limit();
     report_lost_memory().map_err(Failure::host)?;
     confined.filter_syscalls()?;
     if let Some(text) = &confined.text {
         text.drop_startup_code();
     }
-    let administrator = Administrator { signals, program: confined.program };
+    Ok(())
+}
+
+/// As [`run`], in a process that is confined.
+pub(crate) fn serve_endpoint(
+    device: &mut dyn Device,
+    endpoint: Endpoint,
+    administrator: &Administrator<'_>,
+) -> Result<(), Failure> {
     match endpoint {
-        Endpoint::Connected(stream) => serve(device, stream, None, &administrator).map(|_| ()),
-        Endpoint::Listening(listener) => serve_all(device, &listener, &administrator),
+        Endpoint::Connected(stream) => serve(device, stream, None, administrator).map(|_| ()),
+        Endpoint::Listening(listener) => serve_all(device, &listener, administrator),
     }
 }
 
@@ -126,8 +147,8 @@ fn next_frontend(
     let mut pause = None;
     loop {
         let knocking = Some(listener).filter(|_| pause.is_none());
-        match wait(administrator.signals, device.change_fd(), None, knocking, pause)? {
-            Event::Signal => match administrator.signals.take() {
+        match wait(administrator.orders, device.change_fd(), None, knocking, pause)? {
+            Event::Signal => match administrator.orders.take() {
                 Some(Asked::End) => return Ok(None),
                 Some(Asked::Reload) => {
                     reload(device);
@@ -194,8 +215,8 @@ fn serve(
         let knocking = listener.filter(|_| second.is_none());
         let change = session.change_fd().filter(|_| unchanging.is_none());
         let deadline = second.as_ref().map(|(_, until)| *until).into_iter().chain(unchanging).min();
-        match wait(administrator.signals, change, Some(&channel), knocking, deadline)? {
-            Event::Signal => match administrator.signals.take() {
+        match wait(administrator.orders, change, Some(&channel), knocking, deadline)? {
+            Event::Signal => match administrator.orders.take() {
                 Some(Asked::End) => return Ok(End::Terminate),
                 Some(Asked::Reload) => session.reload(),
                 Some(Asked::Report) => administrator.tell(&session.report()),
@@ -247,14 +268,14 @@ fn handle_one(session: &mut Session<'_>, channel: &mut Channel) -> bool {
 /// Waits for the most urgent event. A frontend that talks does not put off the deadline, nor does a device that changes; one
 /// that hung up goes before it, for its successor's sake.
 fn wait(
-    signals: &Signals,
+    orders: &dyn Orders,
     change: Option<BorrowedFd<'_>>,
     channel: Option<&Channel>,
     listener: Option<&Listener>,
     deadline: Option<Instant>,
 ) -> Result<Event, Failure> {
     let sources: [Option<(BorrowedFd<'_>, Event)>; 4] = [
-        Some((signals.as_fd(), Event::Signal)),
+        Some((orders.as_fd(), Event::Signal)),
         channel.map(|channel| (channel.as_fd(), Event::Frontend)),
         listener.map(|listener| (listener.as_fd(), Event::Knock)),
         // The last one: a guest can make it readable faster than it is emptied.

@@ -32,7 +32,8 @@ use tracing::{debug, info, trace, warn};
 use crate::backend_channel::BackendChannel;
 use crate::device::Device;
 use crate::dirty_log::DirtyLog;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MemoryError};
+use crate::shared::cannot_shrink;
 use crate::vring::{InflightArea, Kept, Notifier};
 pub(crate) use error::{Refusal, SessionError};
 use rings::RingSlot;
@@ -179,11 +180,13 @@ impl<'d> Session<'d> {
             R::GetMaxMemSlots => Ok(Answer::of(&(MAX_MEM_SLOTS as u64))),
             R::SetMemTable => {
                 let table: MemoryTable = message.payload()?;
+                self.check_files(message)?;
                 let memory = GuestMemory::from_table(&table.regions, std::mem::take(&mut message.fds))?;
                 Ok(self.set_memory(memory))
             }
             R::AddMemReg => {
                 let SingleRegion(region) = message.payload()?;
+                self.check_files(message)?;
                 let memory = self.memory.with_region(region, message.single_fd()?)?;
                 Ok(self.set_memory(memory))
             }
@@ -268,6 +271,12 @@ impl<'d> Session<'d> {
         debug!("protocol features {features:#x}");
         self.protocol_features = features;
         Ok(Answer::Done)
+    }
+
+    /// Refuses guest memory of a kind that the device cannot have.
+    fn check_files(&self, message: &Message) -> Result<(), Refusal> {
+        let can_be = |fd| !self.device.needs_sealed_memory() || cannot_shrink(fd);
+        if message.fds.iter().all(can_be) { Ok(()) } else { Err(MemoryError::NotSealed.into()) }
     }
 
     /// Swaps guest memory under the rings. One that is not in the new memory waits for its new addresses.

@@ -44,16 +44,20 @@ pub(crate) fn sealed_memfd(name: &str, len: u64) -> Result<OwnedFd, SharedError>
     Ok(fd)
 }
 
+/// Whether the file is one in memory that stays at least as long as it is.
+pub(crate) fn cannot_shrink(fd: &OwnedFd) -> bool {
+    let is_file = fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
+    // Only files in memory can be sealed; others have no seals to ask for.
+    is_file && fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+}
+
 /// Maps `len` bytes from `offset` on for reading and writing.
 pub(crate) fn map_sealed(fd: OwnedFd, offset: u64, len: u64) -> Result<MmapRegion, SharedError> {
     let shape = SharedError::Shape { offset, len };
     let Some(end) = offset.checked_add(len).filter(|_| len != 0 && offset.is_multiple_of(PAGE)) else {
         return Err(shape);
     };
-    let stat = fstat(&fd).map_err(failed)?;
-    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    // Only files in memory can be sealed; others have no seals to ask for.
-    if !is_file || !fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
+    if !cannot_shrink(&fd) {
         return Err(SharedError::NotSealed);
     }
     // After the seals: from here on it does not get shorter.

@@ -12,6 +12,12 @@ const SIGINFO_LEN: usize = 128;
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
 
+/// Where a server hears what is asked of it: readable when something is.
+pub(crate) trait Orders: AsFd {
+    /// Takes the next order, if one has come.
+    fn take(&self) -> Option<Asked>;
+}
+
 /// What a signal asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Asked {
@@ -45,9 +51,10 @@ impl Signals {
         // SAFETY: signalfd has just made `fd`, and nobody else knows of it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
+}
 
-    /// Takes the next signal, if one has come.
-    pub(crate) fn take(&self) -> Option<Asked> {
+impl Orders for Signals {
+    fn take(&self) -> Option<Asked> {
         let mut info = [0; SIGINFO_LEN];
         match rustix::io::read(&self.0, &mut info) {
             Ok(SIGINFO_LEN) if info[..4] == libc::SIGHUP.to_ne_bytes() => Some(Asked::Reload),

@@ -8,6 +8,7 @@
 //! that a guest writes into its rings makes these functions panic, read past the ring or loop; where the frontend keeps
 //! the requests in flight, each head is marked there from its fetching until the guest has it back.
 
+mod caller;
 mod chain;
 mod inflight;
 mod log;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use crate::memory::GuestMemory;
+pub use caller::Caller;
 pub use chain::{Chain, ChainError, MAX_SEGMENTS, Segment};
 pub(crate) use inflight::{Found, InflightArea, InflightQueue};
 pub use inflight::{InflightError, Kept};

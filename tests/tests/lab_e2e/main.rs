@@ -17,6 +17,7 @@ mod refusals;
 mod rig;
 mod scsi;
 mod survival;
+mod switch;
 mod uarts;
 
 use std::ffi::OsString;
@@ -51,6 +52,7 @@ const GROUPS: &[&str] = &[
     "control::",
     "scsi::",
     "console::",
+    "switch::",
     "boots::",
     "daemons::",
     "faults::",
@@ -80,6 +82,7 @@ fn cases() -> Vec<Case> {
         scsi::CASES,
         console::CASES,
         balloon::CASES,
+        switch::CASES,
     ]
     .concat()
 }

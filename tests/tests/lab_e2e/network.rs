@@ -25,7 +25,7 @@ const SYSTEMD_BOOT: Duration = Duration::from_secs(150);
 /// A transfer in an emulated host.
 const TRANSFER: Duration = Duration::from_secs(300);
 
-fn run(words: &str) -> Outcome<()> {
+pub fn run(words: &str) -> Outcome<()> {
     let mut split = words.split_whitespace();
     let program = split.next().unwrap_or_default();
     let output = Command::new(program).args(split).output().map_err(|error| format!("{program}: {error}"))?;

@@ -8,6 +8,7 @@ mod hostile;
 mod kill;
 mod pairs;
 mod program;
+mod switch;
 
 use std::time::Duration;
 

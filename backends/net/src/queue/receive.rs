@@ -4,21 +4,19 @@
 //! buffers the frame uses as many as it fills, all at once; otherwise one. What does not fit goes to a spill area of this
 //! thread's own: with mergeable buffers the frame is held there until the driver has made more of them available.
 //!
-//! Invariants: chains are used in the order in which they were fetched, so that unused ones can be given back; a frame that
-//! is not wanted leaves the buffers it was read into to the next one; one frame at most is held.
+//! Invariants: a frame that is not wanted leaves the buffers it was read into to the next one; one frame at most is held.
 
-use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 
-use cleave_runtime::{Chain, Command, Inbox, Polling, Vring};
+use cleave_runtime::{Command, Inbox, Polling, Vring};
 use rustix::event::epoll::EventFlags;
 
+use super::stock::Stock;
 use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
-use crate::buffers::{GuestBuffers, MAX_BUFFERS};
-use crate::config_space::{HEADER_LEN, feature, header_len};
+use crate::config_space::{feature, header_len};
 use crate::counters::Received;
-use crate::filter::{ETHERNET_HEADER, Filter, LOOK_AT};
-use crate::shared::Shared;
+use crate::filter::ETHERNET_HEADER;
+use crate::shared::{CurrentFilter, Shared};
 
 /// The largest frame, with a VLAN tag: one that is to be segmented.
 const MAX_FRAME: usize = 65535 + ETHERNET_HEADER + 4;
@@ -31,9 +29,6 @@ const USUAL: usize = 4096;
 
 /// After a frame larger than that, room for the largest is offered for so many frames.
 const LARGE_AGAIN: u32 = 64;
-
-/// Where `num_buffers` is in the header.
-const NUM_BUFFERS: usize = 10;
 
 /// Serves vrings of the receive queue of `pair`, one after the other, until the device is gone.
 pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) {
@@ -51,19 +46,11 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 /// What the thread of the receive queue of `pair` waits by.
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
-    waiter.watch_port(shared.port.fd(pair), EventFlags::IN)?;
+    if let Some(fd) = shared.port.fd(pair) {
+        waiter.watch_port(fd, EventFlags::IN)?;
+    }
     waiter.watch_port(shared.nudge_fd(pair), EventFlags::IN)?;
     Ok(waiter)
-}
-
-/// A chain that waits for a frame.
-#[derive(Debug, Clone, Copy)]
-struct Fetched {
-    head: u16,
-    /// Of [`Receiver::buffers`].
-    entries: usize,
-    /// Bytes.
-    len: usize,
 }
 
 /// A frame whose end is in the spill area.
@@ -79,21 +66,10 @@ struct Receiver<'s> {
     /// Bytes before each frame.
     header: usize,
     mergeable: bool,
-    /// The driver knows nothing of checksums: none of the header's flags is for it.
-    no_flags: bool,
     /// Bytes of the largest frame with its header.
     largest: usize,
-    filter: Filter,
-    filter_version: u64,
-    chain: Chain,
-    fetched: VecDeque<Fetched>,
-    /// By head: it is fetched.
-    is_fetched: Vec<bool>,
-    /// A chain that is no buffer, fetched last: it is given back when those before it are used.
-    unusable: Option<u16>,
-    /// Of all that are fetched.
-    buffers: GuestBuffers,
-    used: Vec<(u16, u32)>,
+    filter: CurrentFilter,
+    stock: Stock,
     spill: &'s mut [u8],
     held: Option<Held>,
     /// Frames for which room for the largest is offered.
@@ -110,22 +86,14 @@ impl<'s> Receiver<'s> {
         let header = usize::from(header_len(features));
         let gso = features & feature::GUEST_GSO != 0;
         let frame = if gso { MAX_FRAME } else { usize::from(shared.port.mtu()) + ETHERNET_HEADER + 4 };
-        let (filter_version, filter) = shared.filter();
         Self {
             pair,
             shared,
             header,
             mergeable: features & feature::MRG_RXBUF != 0,
-            no_flags: features & feature::GUEST_CSUM == 0,
             largest: header + frame,
-            filter,
-            filter_version,
-            chain: Chain::default(),
-            fetched: VecDeque::new(),
-            is_fetched: vec![false; vring.size().into()],
-            unusable: None,
-            buffers: GuestBuffers::new(vring.memory().clone()),
-            used: Vec::new(),
+            filter: CurrentFilter::of(shared),
+            stock: Stock::new(vring, features),
             spill,
             held: None,
             large: 0,
@@ -135,58 +103,9 @@ impl<'s> Receiver<'s> {
         }
     }
 
-    /// Fetches chains until they have room for `wanted` bytes; fewer, if there are not as many.
-    fn fetch(&mut self, ring: &mut Ring, wanted: usize) -> Result<(), QueueError> {
-        // Bounded, however fast the driver makes available what is no buffer.
-        for _ in 0..=ring.vring.size() {
-            if let Some(head) = self.unusable.filter(|_| self.fetched.is_empty()) {
-                self.unusable = None;
-                self.is_fetched[usize::from(head)] = false;
-                ring.vring.push_used(head, 0)?;
-            }
-            let enough = self.buffers.len() >= wanted || !self.mergeable && !self.fetched.is_empty();
-            if enough || self.is_full() {
-                return Ok(());
-            }
-            let Some(head) = ring.vring.next_head()? else { return Ok(()) };
-            if std::mem::replace(&mut self.is_fetched[usize::from(head)], true) {
-                ring.vring.unfetch(1);
-                return Err(QueueError::HeadTwice(head));
-            }
-            match self.add(ring, head) {
-                Ok(fetched) => self.fetched.push_back(fetched),
-                Err(what) => {
-                    ring.complain(&what);
-                    self.unusable = Some(head);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// No more chains can be fetched before some are used.
-    fn is_full(&self) -> bool {
-        self.unusable.is_some() || self.buffers.entries() > MAX_BUFFERS / 2
-    }
-
-    fn add(&mut self, ring: &Ring, head: u16) -> Result<Fetched, String> {
-        ring.vring.read_chain(head, &mut self.chain).map_err(|error| error.to_string())?;
-        if !self.chain.readable().is_empty() {
-            return Err("a buffer for frames has parts that the device may only read".to_owned());
-        }
-        let before = self.buffers.len();
-        let entries = self.buffers.push(self.chain.writable()).map_err(|error| error.to_string())?;
-        let len = self.buffers.len() - before;
-        if len < self.header {
-            self.buffers.drop_last(entries);
-            return Err(format!("a buffer of {len} bytes has no room for a header"));
-        }
-        Ok(Fetched { head, entries, len })
-    }
-
     /// Takes the next frame. `None`: there is none.
     fn read(&mut self, ring: &mut Ring) -> Result<Option<()>, QueueError> {
-        match self.shared.port.receive(self.pair, &mut self.buffers, self.spill) {
+        match self.shared.port.receive(self.pair, &mut self.stock.buffers, self.spill) {
             Ok(len) => self.take(ring, len).map(Some),
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
             Err(error) if error.kind() == ErrorKind::Interrupted => Ok(Some(())),
@@ -202,7 +121,7 @@ impl<'s> Receiver<'s> {
     /// A frame of `len` bytes with its header has been read.
     fn take(&mut self, ring: &mut Ring, len: usize) -> Result<(), QueueError> {
         self.large = if len > USUAL { LARGE_AGAIN } else { self.large.saturating_sub(1) };
-        let in_buffers = self.buffers.len();
+        let in_buffers = self.stock.buffers.len();
         if len < self.header + ETHERNET_HEADER {
             self.counters.failed.add_one();
         } else if len <= in_buffers {
@@ -217,13 +136,12 @@ impl<'s> Receiver<'s> {
 
     /// Goes on with a frame that is held. `false`: the driver has not enough buffers for it yet.
     fn go_on(&mut self, ring: &mut Ring, held: Held) -> Result<bool, QueueError> {
-        self.fetch(ring, held.len)?;
-        if self.buffers.len() >= held.len {
+        self.stock.fetch(ring, held.len)?;
+        if self.stock.buffers.len() >= held.len {
             self.held = None;
-            self.buffers.write_at(held.in_buffers, &self.spill[..held.len - held.in_buffers]);
+            self.stock.buffers.write_at(held.in_buffers, &self.spill[..held.len - held.in_buffers]);
             self.deliver(ring, held.len)?;
-        } else if self.is_full() || self.fetched.len() == usize::from(ring.vring.size()) {
-            // There will never be enough.
+        } else if self.stock.is_all_there_can_be(ring) {
             self.held = None;
             self.counters.too_long.add_one();
         }
@@ -236,44 +154,16 @@ impl<'s> Receiver<'s> {
             self.counters.unwanted.add_one();
             return Ok(());
         }
-        let (mut left, mut entries) = (len, 0);
-        while let Some(fetched) = self.fetched.pop_front_if(|_| left != 0) {
-            let part = left.min(fetched.len);
-            left -= part;
-            entries += fetched.entries;
-            self.is_fetched[usize::from(fetched.head)] = false;
-            // A frame has 68 KiB at most.
-            self.used.push((fetched.head, part as u32));
-        }
-        self.finish_header();
-        self.buffers.consume(entries);
         self.counters.delivered.add_one();
-        ring.vring.push_used_together(&self.used)?;
-        self.used.clear();
-        Ok(())
-    }
-
-    /// Completes the header of the frame that is in `used`: the port has left what it does not know.
-    fn finish_header(&self) {
-        if self.header == usize::from(HEADER_LEN) {
-            self.buffers.write_at(NUM_BUFFERS, &(self.used.len() as u16).to_le_bytes());
-        }
-        if self.no_flags {
-            self.buffers.write_at(0, &[0]);
-        }
+        self.stock.use_up(ring, len)
     }
 
     fn is_wanted(&mut self, len: usize) -> bool {
-        if let Some((version, filter)) = self.shared.newer_filter(self.filter_version) {
-            (self.filter_version, self.filter) = (version, filter);
-        }
-        if self.filter.promisc {
-            return true;
-        }
-        let mut start = [0; LOOK_AT];
-        let look_at = LOOK_AT.min(len - self.header);
-        let looked_at = self.buffers.read_at(self.header, &mut start[..look_at]);
-        self.filter.passes(&start[..looked_at])
+        let (header, buffers) = (self.header, &self.stock.buffers);
+        self.filter.passes(self.shared, |start| {
+            let look_at = start.len().min(len - header);
+            buffers.read_at(header, &mut start[..look_at])
+        })
     }
 }
 
@@ -290,8 +180,8 @@ impl Work for Receiver<'_> {
                 return Ok(Next::Port);
             }
             let wanted = if self.large > 0 { self.largest } else { self.largest.min(USUAL) };
-            self.fetch(ring, wanted)?;
-            if self.fetched.is_empty() {
+            self.stock.fetch(ring, wanted)?;
+            if self.stock.is_empty() {
                 return Ok(Next::Driver);
             }
             if !std::mem::replace(&mut self.filled, true) {
@@ -309,7 +199,6 @@ impl Work for Receiver<'_> {
     }
 
     fn end(&mut self, ring: &mut Ring) {
-        // Unusable ones and these are all that a queue of at most 32768 entries has.
-        ring.vring.unfetch((self.fetched.len() + usize::from(self.unusable.is_some())) as u16);
+        self.stock.give_back(ring);
     }
 }

@@ -31,7 +31,9 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 /// What the thread of the transmit queue of `pair` waits by.
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
-    waiter.watch_port(shared.port.fd(pair), EventFlags::OUT)?;
+    if let Some(fd) = shared.port.fd(pair) {
+        waiter.watch_port(fd, EventFlags::OUT)?;
+    }
     Ok(waiter)
 }
 
@@ -92,8 +94,8 @@ impl<'s> Transmitter<'s> {
     }
 }
 
-impl Work for Transmitter<'_> {
-    fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
+impl Transmitter<'_> {
+    fn send_some(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
         for _ in 0..BATCH {
             let head = match self.waiting.take() {
                 Some(head) => head,
@@ -115,6 +117,14 @@ impl Work for Transmitter<'_> {
             ring.vring.push_used(head, 0)?;
         }
         Ok(Next::Again)
+    }
+}
+
+impl Work for Transmitter<'_> {
+    fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
+        let next = self.send_some(ring);
+        self.shared.port.flush(self.pair);
+        next
     }
 
     fn end(&mut self, ring: &mut Ring) {

@@ -1,5 +1,6 @@
 //! Files, network and other processes, out of reach for this thread and those it starts. What is open stays usable.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
@@ -18,8 +19,9 @@ pub(super) fn restrict(socket_files: &[&Path]) -> Result<bool, Box<dyn Error + S
         .handle_access(AccessNet::from_all(KNOWN))?
         .scope(Scope::from_all(KNOWN))?
         .create()?;
-    for file in socket_files {
-        let directory = PathFd::new(directory_of(file))?;
+    let directories: BTreeSet<PathBuf> = socket_files.iter().map(|file| directory_of(file)).collect();
+    for directory in directories {
+        let directory = PathFd::new(directory)?;
         ruleset = ruleset.add_rule(PathBeneath::new(directory, AccessFs::RemoveFile))?;
     }
     let status = ruleset.restrict_self()?;

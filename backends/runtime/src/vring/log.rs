@@ -42,6 +42,10 @@ impl RingLog {
         }
     }
 
+    pub(super) fn call(&self) -> Notifier {
+        self.call.clone()
+    }
+
     pub(super) fn signal(&self) {
         self.call.signal();
     }
