@@ -4,6 +4,8 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::port;
@@ -27,7 +29,7 @@ enum AttachError {
 
 /// Copies between standard input and output and the console at `path`, until Ctrl-] is typed, or one of them ends.
 pub fn attach(path: &Path) -> Result<(), Failure> {
-    let console = UnixStream::connect(path).map_err(|source| {
+    let console = connect(path).map_err(|source| {
         Failure::device(AttachError::Connect { path: path.display().to_string(), source })
     })?;
     let mut terminal = Terminal::take().map_err(Failure::host)?;
@@ -65,6 +67,20 @@ pub fn attach(path: &Path) -> Result<(), Failure> {
     drop(terminal);
     eprintln!("\ncleave: detached from {}", path.display());
     Ok(())
+}
+
+/// Nobody listening at a socket that is there may mean that its daemon is just being started again.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    const RESTART: Duration = Duration::from_secs(3);
+    let deadline = Instant::now() + RESTART;
+    loop {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Waits for something; whether it is input, output.
