@@ -66,6 +66,24 @@ check_net() { # NAME
     esac
 }
 
+# All ports of a device: consoles are written to, and the agent of the one that is its channel runs.
+check_console() { # DIRECTORY
+    names=
+    failed=0
+    for port in "$1"/virtio-ports/*; do
+        name=$(cat "$port/name" 2>/dev/null)
+        if [ -z "$name" ]; then
+            name=hvc0
+            [ -c /dev/hvc0 ] && echo "cleave-check: these words" >/dev/hvc0 || failed=1
+        elif [ "$name" = org.qemu.guest_agent.0 ]; then
+            systemctl start qemu-guest-agent && systemctl -q is-active qemu-guest-agent || failed=1
+        fi
+        names="$names${names:+, }$name"
+    done
+    [ -n "$names" ] || failed=1
+    verdict $failed "console ${1##*/}: $names"
+}
+
 check_virtio() { # DIRECTORY
     name=${1##*/}
     if [ ! -e "$1/driver" ]; then
@@ -78,6 +96,8 @@ check_virtio() { # DIRECTORY
         check_block "$block"
     elif [ "$driver" = virtio_net ]; then
         check_net "$(ls "$1/net")"
+    elif [ "$driver" = virtio_console ]; then
+        check_console "$1"
     elif [ "$driver" = virtio_rng ]; then
         [ "$(head -c 64 /dev/hwrng | wc -c)" = 64 ]
         verdict $? "rng $name: 64 bytes from /dev/hwrng"
