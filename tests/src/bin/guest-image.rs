@@ -31,6 +31,8 @@ enum What {
     DebianKernel,
     /// The initrd of that Debian
     DebianInitrd,
+    /// An ISO 9660 image with a file on it
+    Cdrom,
 }
 
 fn make(cache: &Cache, what: What) -> Result<PathBuf> {
@@ -41,6 +43,7 @@ fn make(cache: &Cache, what: What) -> Result<PathBuf> {
         What::DebianDisk => Debian::open(cache)?.disk,
         What::DebianKernel => Debian::open(cache)?.kernel,
         What::DebianInitrd => Debian::open(cache)?.initrd,
+        What::Cdrom => guest::cdrom(cache)?,
     })
 }
 

@@ -66,6 +66,45 @@ check_net() { # NAME
     esac
 }
 
+# All ports of a device: consoles are written to, and the agent of the one that is its channel runs.
+check_console() { # DIRECTORY
+    names=
+    failed=0
+    for port in "$1"/virtio-ports/*; do
+        name=$(cat "$port/name" 2>/dev/null)
+        if [ -z "$name" ]; then
+            name=hvc0
+            [ -c /dev/hvc0 ] && echo "cleave-check: these words" >/dev/hvc0 || failed=1
+        elif [ "$name" = org.qemu.guest_agent.0 ]; then
+            systemctl start qemu-guest-agent && systemctl -q is-active qemu-guest-agent || failed=1
+        fi
+        names="$names${names:+, }$name"
+    done
+    [ -n "$names" ] || failed=1
+    verdict $failed "console ${1##*/}: $names"
+}
+
+# A disk without a file system on it is written to; a medium in a CD-ROM drive has one.
+check_scsi() { # DIRECTORY
+    for block in $(ls -d "$1"/host*/target*/*/block/* 2>/dev/null | sort); do
+        name=${block##*/}
+        model=$(cat "$block/device/model" | xargs)
+        case $name in
+        sr*)
+            mkdir -p /run/cdrom && mount -o ro "/dev/$name" /run/cdrom 2>/dev/null && [ -n "$(ls /run/cdrom)" ]
+            verdict $? "scsi $name: $model, $(ls /run/cdrom | xargs)"
+            umount /run/cdrom 2>/dev/null
+            ;;
+        *)
+            head -c 4M /dev/urandom >/dev/shm/data
+            [ -z "$(blkid "/dev/$name")" ] && dd if=/dev/shm/data of="/dev/$name" bs=1M oflag=direct 2>/dev/null &&
+                dd if="/dev/$name" bs=1M count=4 iflag=direct 2>/dev/null | cmp -s - /dev/shm/data
+            verdict $? "scsi $name: $model, $(numfmt --to=iec "$(($(cat "$block/size") * 512))"), wrote and read back 4M"
+            ;;
+        esac
+    done
+}
+
 check_virtio() { # DIRECTORY
     name=${1##*/}
     if [ ! -e "$1/driver" ]; then
@@ -78,6 +117,10 @@ check_virtio() { # DIRECTORY
         check_block "$block"
     elif [ "$driver" = virtio_net ]; then
         check_net "$(ls "$1/net")"
+    elif [ "$driver" = virtio_scsi ]; then
+        check_scsi "$1"
+    elif [ "$driver" = virtio_console ]; then
+        check_console "$1"
     elif [ "$driver" = virtio_rng ]; then
         [ "$(head -c 64 /dev/hwrng | wc -c)" = 64 ]
         verdict $? "rng $name: 64 bytes from /dev/hwrng"

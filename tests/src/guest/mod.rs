@@ -63,6 +63,19 @@ pub fn with_script(base: &Path, script: &str, into: &Path) -> Result<()> {
     joined.context(|| format!("add a script to {}", into.display()))
 }
 
+/// A CD-ROM's image, with one file.
+pub fn cdrom(cache: &Cache) -> Result<PathBuf> {
+    const WORDS: &str = "A CD-ROM from a daemon of its own.\n";
+    let place = cache.entry("cdrom", &cache::key(&[WORDS, "1"]), |place| {
+        let files = tempfile::tempdir().context(|| "create a directory")?;
+        fs::write(files.path().join("readme.txt"), WORDS).context(|| "write what is on the CD-ROM")?;
+        let mut command = Tools::open(cache)?.command("xorriso");
+        command.args(["-as", "mkisofs", "-quiet", "-r", "-V", "CLEAVE", "-o"]).arg(place.join("cdrom.iso"));
+        run(command.arg(files.path()), "xorriso").map(|_| ())
+    })?;
+    Ok(place.join("cdrom.iso"))
+}
+
 /// A minimal Debian 12: systemd, its own kernel and initrd, login on the console as root without a password.
 /// With `cleave.check=1` on the kernel command line it checks its machine, reports and powers off.
 #[derive(Debug, Clone)]
