@@ -93,7 +93,8 @@ impl GuestBuffers {
         let count = self.entries.len() as libc::c_int;
         // SAFETY: all entries but the last are guest memory that `self.memory` keeps mapped, and that nobody takes for
         // memory of Rust's; the last one is `spill`, borrowed for as long as this takes.
-        let read = unsafe { libc::readv(fd.as_raw_fd(), self.entries.as_ptr(), count) };
+        // Not the library's function: it would make this a place where the thread can be cancelled, with two atomic steps.
+        let read = unsafe { libc::syscall(libc::SYS_readv, fd.as_raw_fd(), self.entries.as_ptr(), count) };
         self.entries.pop();
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
@@ -102,7 +103,8 @@ impl GuestBuffers {
     pub(crate) fn writev(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let count = self.entries.len() as libc::c_int;
         // SAFETY: all entries are guest memory that `self.memory` keeps mapped.
-        let written = unsafe { libc::writev(fd.as_raw_fd(), self.entries.as_ptr(), count) };
+        let written =
+            unsafe { libc::syscall(libc::SYS_writev, fd.as_raw_fd(), self.entries.as_ptr(), count) };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 

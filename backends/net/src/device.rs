@@ -12,13 +12,16 @@ use std::time::Duration;
 use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::mac::MacAddress;
+use cleave_common::throttle::NetThrottleConfig;
 use cleave_common::virtio::DeviceType;
 use cleave_runtime::cpus::{self, CpusError};
 use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
+use crate::checkpoint::Checkpoint;
 use crate::config_space::feature;
 use crate::counters::Total;
+use crate::pcap::{Capture, Output};
 use crate::port::Port;
 use crate::queue::{Waiter, control, receive, transmit};
 use crate::shared::Shared;
@@ -54,6 +57,9 @@ pub(crate) struct NetOptions {
     pub(crate) poll: Duration,
     /// Where the queues' threads run, if not anywhere.
     pub(crate) cpus: Option<CpuList>,
+    pub(crate) throttle: NetThrottleConfig,
+    /// Where frames are captured, and how much of each.
+    pub(crate) capture: Option<(Output, u32)>,
 }
 
 /// What a queue is for.
@@ -76,8 +82,10 @@ pub(crate) struct Net {
 
 impl Net {
     pub(crate) fn new(port: Arc<dyn Port>, options: NetOptions) -> Result<Self, NetError> {
-        let NetOptions { mac, pairs, max_queue_size, poll, cpus } = options;
-        let shared = Arc::new(Shared::new(port, mac, pairs, poll)?);
+        let NetOptions { mac, pairs, max_queue_size, poll, cpus, throttle, capture } = options;
+        let capture = capture.map(|(output, snaplen)| Capture::start(output, snaplen)).transpose()?;
+        let checkpoint = Checkpoint::new(&throttle, capture);
+        let shared = Arc::new(Shared::new(port, mac, pairs, poll, checkpoint)?);
         let mut threads = Vec::new();
         for pair in 0..pairs {
             threads.push(spawn(&shared, Role::Receive(pair), cpus.clone())?);
@@ -215,7 +223,8 @@ impl Device for Net {
     fn report(&self) -> String {
         // Not the port's word: asking it takes away what says that the link has changed.
         let link = if self.shared.link_is_up() { "up" } else { "down" };
-        format!("the link is {link}; {}", Total(&self.shared.counters))
+        let capture = self.shared.checkpoint.report().map_or(String::new(), |words| format!("; {words}"));
+        format!("the link is {link}; {}{capture}", Total(&self.shared.counters))
     }
 
     fn change_fd(&self) -> Option<BorrowedFd<'_>> {

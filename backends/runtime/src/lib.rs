@@ -5,6 +5,7 @@
 
 mod args;
 mod backend_channel;
+mod bucket;
 mod complaints;
 pub mod cpus;
 mod device;
@@ -22,6 +23,7 @@ mod socket;
 mod vring;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
+pub use bucket::{Bucket, NANO};
 pub use complaints::Complaints;
 pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};

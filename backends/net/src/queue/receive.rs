@@ -4,11 +4,14 @@
 //! buffers the frame uses as many as it fills, all at once; otherwise one. What does not fit goes to a spill area of this
 //! thread's own: with mergeable buffers the frame is held there until the driver has made more of them available.
 //!
-//! Invariants: chains are used in the order in which they were fetched, so that unused ones can be given back; a frame that
+//! Frames that come at once are given to the driver some at a time, as those that are sent are taken back.
+//!
+//! Invariants: between two turns no buffer is filled and not used; chains are used in the order in which they were fetched, so that unused ones can be given back; a frame that
 //! is not wanted leaves the buffers it was read into to the next one; one frame at most is held.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
+use std::time::Instant;
 
 use cleave_runtime::{Chain, Command, Inbox, Polling, Vring};
 use rustix::event::epoll::EventFlags;
@@ -18,6 +21,7 @@ use crate::buffers::{GuestBuffers, MAX_BUFFERS};
 use crate::config_space::{HEADER_LEN, feature, header_len};
 use crate::counters::Received;
 use crate::filter::{ETHERNET_HEADER, Filter, LOOK_AT};
+use crate::limits::Direction;
 use crate::shared::Shared;
 
 /// The largest frame, with a VLAN tag: one that is to be segmented.
@@ -26,11 +30,12 @@ const MAX_FRAME: usize = 65535 + ETHERNET_HEADER + 4;
 /// Room for such a one, with its header.
 const SPILL: usize = 68 << 10;
 
-/// Bytes of buffers that are offered to the port while large frames are rare: most frames need no more.
-const USUAL: usize = 4096;
-
-/// After a frame larger than that, room for the largest is offered for so many frames.
+/// After a frame larger than the MTU, room for the largest is offered for so many frames.
 const LARGE_AGAIN: u32 = 64;
+
+/// How many buffers, or how many bytes in them, are used together: more where a frame takes more.
+const TOGETHER: usize = 16;
+const TOGETHER_BYTES: usize = 64 << 10;
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
@@ -81,8 +86,10 @@ struct Receiver<'s> {
     mergeable: bool,
     /// The driver knows nothing of checksums: none of the header's flags is for it.
     no_flags: bool,
-    /// Bytes of the largest frame with its header.
+    /// Bytes of the largest frame with its header, and of those that are not to be segmented: buffers for these are offered
+    /// to the port while others are rare.
     largest: usize,
+    usual: usize,
     filter: Filter,
     filter_version: u64,
     chain: Chain,
@@ -93,7 +100,9 @@ struct Receiver<'s> {
     unusable: Option<u16>,
     /// Of all that are fetched.
     buffers: GuestBuffers,
+    /// Buffers of whole frames that are filled, and not used yet; bytes in them.
     used: Vec<(u16, u32)>,
+    used_bytes: usize,
     spill: &'s mut [u8],
     held: Option<Held>,
     /// Frames for which room for the largest is offered.
@@ -109,7 +118,7 @@ impl<'s> Receiver<'s> {
         let features = shared.features();
         let header = usize::from(header_len(features));
         let gso = features & feature::GUEST_GSO != 0;
-        let frame = if gso { MAX_FRAME } else { usize::from(shared.port.mtu()) + ETHERNET_HEADER + 4 };
+        let usual = header + usize::from(shared.port.mtu()) + ETHERNET_HEADER + 4;
         let (filter_version, filter) = shared.filter();
         Self {
             pair,
@@ -117,7 +126,8 @@ impl<'s> Receiver<'s> {
             header,
             mergeable: features & feature::MRG_RXBUF != 0,
             no_flags: features & feature::GUEST_CSUM == 0,
-            largest: header + frame,
+            largest: if gso { usual.max(header + MAX_FRAME) } else { usual },
+            usual,
             filter,
             filter_version,
             chain: Chain::default(),
@@ -125,7 +135,8 @@ impl<'s> Receiver<'s> {
             is_fetched: vec![false; vring.size().into()],
             unusable: None,
             buffers: GuestBuffers::new(vring.memory().clone()),
-            used: Vec::new(),
+            used: Vec::with_capacity(TOGETHER),
+            used_bytes: 0,
             spill,
             held: None,
             large: 0,
@@ -142,7 +153,7 @@ impl<'s> Receiver<'s> {
             if let Some(head) = self.unusable.filter(|_| self.fetched.is_empty()) {
                 self.unusable = None;
                 self.is_fetched[usize::from(head)] = false;
-                ring.vring.push_used(head, 0)?;
+                self.used.push((head, 0));
             }
             let enough = self.buffers.len() >= wanted || !self.mergeable && !self.fetched.is_empty();
             if enough || self.is_full() {
@@ -201,7 +212,7 @@ impl<'s> Receiver<'s> {
 
     /// A frame of `len` bytes with its header has been read.
     fn take(&mut self, ring: &mut Ring, len: usize) -> Result<(), QueueError> {
-        self.large = if len > USUAL { LARGE_AGAIN } else { self.large.saturating_sub(1) };
+        self.large = if len > self.usual { LARGE_AGAIN } else { self.large.saturating_sub(1) };
         let in_buffers = self.buffers.len();
         if len < self.header + ETHERNET_HEADER {
             self.counters.failed.add_one();
@@ -236,7 +247,7 @@ impl<'s> Receiver<'s> {
             self.counters.unwanted.add_one();
             return Ok(());
         }
-        let (mut left, mut entries) = (len, 0);
+        let (mut left, mut entries, mut count) = (len, 0, 0);
         while let Some(fetched) = self.fetched.pop_front_if(|_| left != 0) {
             let part = left.min(fetched.len);
             left -= part;
@@ -244,19 +255,29 @@ impl<'s> Receiver<'s> {
             self.is_fetched[usize::from(fetched.head)] = false;
             // A frame has 68 KiB at most.
             self.used.push((fetched.head, part as u32));
+            count += 1;
         }
-        self.finish_header();
+        self.finish_header(count);
+        self.shared.checkpoint.passed(Direction::Receive, &self.buffers, self.header, len);
         self.buffers.consume(entries);
         self.counters.delivered.add_one();
-        ring.vring.push_used_together(&self.used)?;
-        self.used.clear();
-        Ok(())
+        self.used_bytes += len;
+        let enough = self.used.len() >= TOGETHER || self.used_bytes >= TOGETHER_BYTES;
+        if enough { self.give(ring) } else { Ok(()) }
     }
 
-    /// Completes the header of the frame that is in `used`: the port has left what it does not know.
-    fn finish_header(&self) {
+    /// The driver gets the frames that are in `used`.
+    fn give(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
+        self.used_bytes = 0;
+        let given = ring.vring.push_used_together(&self.used);
+        self.used.clear();
+        Ok(given?)
+    }
+
+    /// Completes the header of the frame that is in the first `count` buffers: the port has left what it does not know.
+    fn finish_header(&self, count: u16) {
         if self.header == usize::from(HEADER_LEN) {
-            self.buffers.write_at(NUM_BUFFERS, &(self.used.len() as u16).to_le_bytes());
+            self.buffers.write_at(NUM_BUFFERS, &count.to_le_bytes());
         }
         if self.no_flags {
             self.buffers.write_at(0, &[0]);
@@ -277,8 +298,8 @@ impl<'s> Receiver<'s> {
     }
 }
 
-impl Work for Receiver<'_> {
-    fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
+impl Receiver<'_> {
+    fn receive_some(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
         for _ in 0..BATCH {
             if let Some(held) = self.held {
                 if !self.go_on(ring, held)? {
@@ -289,7 +310,7 @@ impl Work for Receiver<'_> {
             if !self.port_ready {
                 return Ok(Next::Port);
             }
-            let wanted = if self.large > 0 { self.largest } else { self.largest.min(USUAL) };
+            let wanted = if self.large > 0 { self.largest } else { self.usual };
             self.fetch(ring, wanted)?;
             if self.fetched.is_empty() {
                 return Ok(Next::Driver);
@@ -297,11 +318,22 @@ impl Work for Receiver<'_> {
             if !std::mem::replace(&mut self.filled, true) {
                 self.shared.receiver_has_buffers(self.pair);
             }
+            if let Some(wait) = self.shared.checkpoint.wait(Direction::Receive) {
+                return Ok(Next::At(Instant::now() + wait));
+            }
             if self.read(ring)?.is_none() {
                 self.port_ready = false;
             }
         }
         Ok(Next::Again)
+    }
+}
+
+impl Work for Receiver<'_> {
+    fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
+        let next = self.receive_some(ring);
+        self.give(ring)?;
+        next
     }
 
     fn port_is_ready(&mut self) {
