@@ -13,7 +13,15 @@ use crate::lane::{Lane, Tally, Track};
 use crate::{BenchError, Result};
 
 /// Entries of each queue.
-const QUEUE_SIZE: u16 = 256;
+pub const QUEUE_SIZE: u16 = 256;
+
+/// Of one to receive: the largest frames take 16 of them.
+fn receive_size(size: Size) -> u16 {
+    if size == Size::Segment { 4 * QUEUE_SIZE } else { QUEUE_SIZE }
+}
+
+/// What is more than any of them has.
+const ALL: usize = u16::MAX as usize;
 
 /// Bytes of memory below the hole.
 const MEMORY: u64 = 256 << 20;
@@ -35,6 +43,16 @@ mod feature {
     pub const MRG_RXBUF: u64 = 1 << 15;
     pub const MQ: u64 = 1 << 22;
     pub const RINGS: u64 = 1 << 28 | 1 << 29;
+}
+
+/// Bytes of a buffer to receive.
+fn buffer_len(size: Size) -> u32 {
+    if size == Size::Segment { 4096 } else { 2048 }
+}
+
+/// Bytes of all that wait to be filled.
+pub fn room(size: Size) -> usize {
+    usize::from(receive_size(size)) * buffer_len(size) as usize
 }
 
 /// A guest with its rings set up, and nothing offered yet.
@@ -78,8 +96,7 @@ impl Guest {
         let mut ram = GuestRam::new(MEMORY)?;
         let mut tracks = Vec::new();
         for _ in 0..pairs {
-            let buffer = if size == Size::Segment { 4096 } else { 2048 };
-            tracks.push(Track::to_receive(&mut ram, QUEUE_SIZE, buffer)?);
+            tracks.push(Track::to_receive(&mut ram, receive_size(size), buffer_len(size))?);
             tracks.push(Track::to_send(&mut ram, QUEUE_SIZE, &frame.with_header())?);
         }
         frontend.set_mem_table(&ram)?;
@@ -128,7 +145,7 @@ impl<'g> Course<'g> {
             calls: 0,
         };
         for lane in course.receivers.iter_mut().chain(&mut course.others) {
-            lane.offer(usize::from(QUEUE_SIZE))?;
+            lane.offer(ALL)?;
         }
         // Where frames to a receiver are to go, a switch learns from a frame of its own.
         for lane in lanes(to, true)?.iter_mut().take(1) {
@@ -187,7 +204,7 @@ impl<'g> Course<'g> {
                 total.frames += came.frames;
                 total.bytes += came.bytes;
             }
-            lane.offer(usize::from(QUEUE_SIZE))?;
+            lane.offer(ALL)?;
         }
         if self.driver == Driver::Poll {
             self.lanes().for_each(Lane::wants_no_call);

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::args::{Plain, Size, Way, word};
 use crate::frame::{Frame, PIECE, RECEIVER, SENDER};
-use crate::guest::Passed;
+use crate::guest::{self, Passed};
 use crate::lane::Tally;
 use crate::{BenchError, Result};
 
@@ -161,53 +161,66 @@ fn cpu_time() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
-/// An open tap device, and memory for its frames.
+/// An open tap device, and memory for its frames: as much, in as many places, as the others have in their rings.
 struct End {
     tap: File,
-    frame: Vec<u8>,
-    room: Vec<u8>,
+    /// For sending.
+    frames: Vec<Vec<u8>>,
+    /// For receiving.
+    rooms: Vec<u8>,
+    room: usize,
     passed: Tally,
 }
 
 impl End {
     fn new(tap: OwnedFd, size: Size) -> Self {
         let frame = Frame::new(size, RECEIVER, SENDER).with_header();
-        Self { tap: tap.into(), frame, room: vec![0; ROOM], passed: Tally::default() }
+        Self {
+            tap: tap.into(),
+            frames: vec![frame; guest::QUEUE_SIZE.into()],
+            rooms: vec![0; guest::room(size)],
+            room: if size == Size::Segment { ROOM } else { 2048 },
+            passed: Tally::default(),
+        }
     }
 
     /// Until `time` has passed, or, if only one is wanted, a frame.
     fn run(&mut self, way: Way, time: Duration, one: bool) -> std::io::Result<()> {
         let end = Instant::now() + time;
-        // As a guest's memory is: in pages.
-        let frame = self.frame.clone();
-        let pieces: Vec<_> = frame.chunks(PIECE).map(std::io::IoSlice::new).collect();
-        loop {
-            for _ in 0..16 {
-                let moved = match way {
-                    Way::Receive => self.tap.read(&mut self.room),
-                    _ => self.tap.write_vectored(&pieces),
-                };
-                match moved {
-                    Ok(len) => {
-                        self.passed.frames += 1;
-                        self.passed.bytes += len.saturating_sub(HEADER_LEN) as u64;
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(way)?,
-                    Err(error) => return Err(error),
+        // In pages, as a guest's memory is.
+        let frames: Vec<Vec<_>> = self
+            .frames
+            .iter()
+            .map(|frame| frame.chunks(PIECE).map(std::io::IoSlice::new).collect())
+            .collect();
+        let mut rooms: Vec<&mut [u8]> = self.rooms.chunks_exact_mut(self.room).collect();
+        let count = rooms.len();
+        for at in 0.. {
+            let moved = match way {
+                Way::Receive => (&self.tap).read(rooms[at % count]),
+                _ => (&self.tap).write_vectored(&frames[at % frames.len()]),
+            };
+            match moved {
+                Ok(len) => {
+                    self.passed.frames += 1;
+                    self.passed.bytes += len.saturating_sub(HEADER_LEN) as u64;
                 }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => wait(&self.tap, way)?,
+                Err(error) => return Err(error),
             }
-            if Instant::now() >= end || one && self.passed.frames != 0 {
-                return Ok(());
+            if at % 16 == 15 && Instant::now() >= end || one && self.passed.frames != 0 {
+                break;
             }
         }
-    }
-
-    fn wait(&self, way: Way) -> std::io::Result<()> {
-        const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-        let flags = if way == Way::Receive { PollFlags::IN } else { PollFlags::OUT };
-        poll(&mut [PollFd::from_borrowed_fd(self.tap.as_fd(), flags)], Some(&NAP))?;
         Ok(())
     }
+}
+
+fn wait(tap: &File, way: Way) -> std::io::Result<()> {
+    const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    let flags = if way == Way::Receive { PollFlags::IN } else { PollFlags::OUT };
+    poll(&mut [PollFd::from_borrowed_fd(tap.as_fd(), flags)], Some(&NAP))?;
+    Ok(())
 }
 
 /// Goes where only this program speaks, for tap devices.
