@@ -218,7 +218,11 @@ impl<'g> Course<'g> {
 
     fn sleep(&mut self) -> Result<()> {
         // All of them are asked: each is to interrupt.
-        if self.lanes().fold(false, |there, lane| lane.wants_call() || there) {
+        let mut is_there = false;
+        for lane in self.lanes() {
+            is_there |= lane.wants_call();
+        }
+        if is_there {
             return Ok(());
         }
         let mut fds: Vec<PollFd<'_>> = self

@@ -58,7 +58,7 @@ pub struct NetDevice {
 #[derive(Debug, Clone, PartialEq)]
 pub enum NetPeer {
     /// A daemon that we start, on a tap device.
-    Tap { tap: String, settings: NetConfig },
+    Tap { tap: String, settings: Box<NetConfig> },
     /// A daemon that someone else runs.
     Socket { socket: PathBuf, wait: TimeSpan, queues: Option<u16> },
 }
@@ -148,7 +148,7 @@ impl NetConfig {
         {
             return Err(NetError::Snaplen(len));
         }
-        Ok(NetPeer::Tap { tap, settings: self })
+        Ok(NetPeer::Tap { tap, settings: Box::new(self) })
     }
 
     fn with_socket(self, socket: PathBuf) -> Result<NetPeer, NetError> {

@@ -112,9 +112,9 @@ fn the_end_does_not_wait_for_a_reader() {
     make_pipe(&path);
     let capture = Capture::start(Output::open(&path, SNAPLEN).unwrap(), SNAPLEN).unwrap();
     let mut reader = File::open(&path).unwrap();
+    reader.read_exact(&mut [0; FILE_HEADER]).unwrap();
     capture.shared.waiting().extend(records(10_000, 60));
     capture.shared.wake();
-    reader.read_exact(&mut [0; FILE_HEADER]).unwrap();
     drop(capture);
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).unwrap();
