@@ -167,7 +167,8 @@ fn run(args: Args) -> Result<(), Failure> {
     info!("{}: {pairs} pairs of queues, guest address {mac}", tap.name());
     let endpoint = socket.open()?;
     let ioctls = if tap.is_ours() { sandbox::IOCTLS_OF_OURS } else { sandbox::IOCTLS };
-    let sandbox = Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls };
+    let sandbox =
+        Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls, ..Sandbox::default() };
     let confined = sandbox.enter(&endpoint)?;
     let options = NetOptions {
         mac,
