@@ -15,7 +15,7 @@
 mod output;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
@@ -107,14 +107,19 @@ impl Capture {
             missed: AtomicU64::new(0),
         });
         let theirs = shared.clone();
+        let (ready, prepared) = mpsc::channel();
         let thread =
             std::thread::Builder::new().name("pcap".to_owned()).stack_size(STACK).spawn(move || {
-                if let Err(error) = drop_memory_lock() {
-                    warn!("the capture's thread keeps a capability that it has no use for: {error}");
-                }
+                let dropped = drop_memory_lock();
                 name_thread("pcap");
-                Writer { shared: &theirs, output, writing: Vec::new() }.run();
+                let fit = dropped.is_ok();
+                let _ = ready.send(dropped);
+                if fit {
+                    Writer { shared: &theirs, output, writing: Vec::new() }.run();
+                }
             })?;
+        // What it has to do before system calls are filtered is done then.
+        prepared.recv().map_err(std::io::Error::other)??;
         Ok(Self { shared, snaplen, thread: Some(thread) })
     }
 
