@@ -7,6 +7,7 @@ pub mod cache;
 pub mod conformance;
 pub mod cpio;
 pub mod debian;
+pub mod dpdk;
 pub mod driver;
 pub mod error;
 pub mod guest;

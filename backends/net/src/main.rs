@@ -1,11 +1,14 @@
 //! cleave-net: a virtio-net device (virtio 1.2, 5.1) as a vhost-user daemon.
 
 mod buffers;
+mod checkpoint;
 mod config_space;
 mod control;
 mod counters;
 mod device;
 mod filter;
+mod limits;
+mod pcap;
 mod port;
 mod queue;
 mod sandbox;
@@ -16,7 +19,7 @@ mod tap;
 use std::fs;
 use std::io::Write;
 use std::os::fd::RawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,10 +29,13 @@ use cleave_common::cpus::CpuList;
 use cleave_common::exit::Failure;
 use cleave_common::interface::{self, NotAnInterfaceName};
 use cleave_common::mac::MacAddress;
+use cleave_common::options;
+use cleave_common::throttle::NetThrottleConfig;
 use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, claim_descriptors, cpus};
 use tracing::info;
 
 use device::{MAX_PAIRS, Net, NetError, NetOptions};
+use pcap::{MAX_SNAPLEN, Output};
 use switch::SwitchArgs;
 use tap::{Tap, TapError, TapSource};
 
@@ -77,6 +83,26 @@ struct Args {
     /// Run the queues' threads on these CPUs, in turn: 2,3 or 0-3
     #[arg(long, value_name = "LIST")]
     cpus: Option<CpuList>,
+
+    /// Limit the guest's rates: bps-rx=SIZE,pps-tx=N,... for what it receives (rx) and sends (tx)
+    ///
+    /// A rate is bps- (bytes a second) or pps- (packets a second) and rx or tx. With -max behind it, it is the rate of a
+    /// burst, which lasts -max-length seconds at most (1 unless given). A frame that is to be segmented counts as the
+    /// packets that it becomes. What is over the limit waits where it is, and is dropped there when there is too much of it.
+    #[arg(long, value_name = "KEYS", value_parser = throttle_config)]
+    throttle: Option<NetThrottleConfig>,
+
+    /// Write all frames to this file, or to this named pipe, for tcpdump and Wireshark
+    ///
+    /// They may read it while it grows. A file that is such a capture already is gone on with. A pipe is fed while somebody
+    /// reads it. The network never waits for either: what cannot be written in time is counted, and a disk that is full ends
+    /// the capture.
+    #[arg(long, value_name = "PATH")]
+    pcap: Option<PathBuf>,
+
+    /// Bytes of each frame that --pcap keeps
+    #[arg(long, value_name = "BYTES", requires = "pcap", default_value_t = MAX_SNAPLEN, hide_default_value = true, value_parser = clap::value_parser!(u32).range(14..=i64::from(MAX_SNAPLEN)))]
+    pcap_snaplen: u32,
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 asked to end, or the frontend of --fd went; 1 a bug, or the sandbox stopped a \
@@ -112,6 +138,15 @@ fn interface_name(text: &str) -> Result<String, NotAnInterfaceName> {
     interface::check(text).map(|()| text.to_owned())
 }
 
+fn throttle_config(text: &str) -> Result<NetThrottleConfig, String> {
+    let config: NetThrottleConfig = options::parse(text, None).map_err(|error| error.to_string())?;
+    if config == NetThrottleConfig::default() {
+        return Err("nothing is limited: give a limit, as bps-rx=10M, or leave --throttle out".to_owned());
+    }
+    config.validate().map_err(|error| error.to_string())?;
+    Ok(config)
+}
+
 fn main() -> std::process::ExitCode {
     cli::main(run)
 }
@@ -136,6 +171,8 @@ fn run(args: Args) -> Result<(), Failure> {
         TapSource::Name(_, pairs) => *pairs,
         TapSource::Inherited(queues) => queues.len() as u16,
     };
+    let snaplen = args.pcap_snaplen;
+    let capture = args.pcap.map(|path| Output::open(&path, snaplen)).transpose()?;
     let tap = Tap::open(source, args.bridge.as_deref(), args.mtu)?;
     let mac = args.mac.unwrap_or_else(|| derived_address(tap.name()));
     info!("{}: {pairs} pairs of queues, guest address {mac}", tap.name());
@@ -150,6 +187,8 @@ fn run(args: Args) -> Result<(), Failure> {
         max_queue_size,
         poll: Duration::from_micros(args.poll_us.into()),
         cpus: args.cpus,
+        throttle: args.throttle.unwrap_or_default(),
+        capture: capture.map(|output| (output, snaplen)),
     };
     let mut net = Net::new(Arc::new(tap), options)?;
     cleave_runtime::run(&mut net, endpoint, &signals, &confined)
@@ -161,6 +200,7 @@ fn run_switch(args: Args, directory: &Path) -> Result<(), Failure> {
         ("--fd", args.common.fd.is_some()),
         ("--mac (a port's is --port NAME,mac=ADDRESS)", args.mac.is_some()),
     ])?;
+    switch::refuse_for_now([("--throttle", args.throttle.is_some()), ("--pcap", args.pcap.is_some())])?;
     let inherited = claim_descriptors(&args.tap_fd, None);
     let signals = Signals::new().map_err(Failure::host)?;
     args.cpus.as_ref().map_or(Ok(()), cpus::check).map_err(NetError::from)?;

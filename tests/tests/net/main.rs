@@ -6,7 +6,9 @@ mod control;
 mod frames;
 mod hostile;
 mod kill;
+mod limits;
 mod pairs;
+mod pcap;
 mod program;
 mod switch;
 

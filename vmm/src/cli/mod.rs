@@ -153,12 +153,14 @@ pub struct RunArgs {
 
     /// Add a network device, on a tap device by a cleave-net that is started for it:
     /// tap=NAME[,bridge=NAME][,mac=ADDRESS][,mtu=BYTES][,queues=N][,poll-us=N][,cpus=LIST][,id=NAME]
-    /// [,restart=always|on-failure|never][,restart-limit=N];
+    /// [,throttle.KEY=N...][,pcap=PATH[,pcap-snaplen=BYTES]][,restart=always|on-failure|never][,restart-limit=N];
     /// or by a daemon that someone else runs: socket=PATH[,wait=30s][,queues=N][,id=NAME]; or none [default: none]
     ///
     /// The tap device is opened if there is one of that name, else made (that takes CAP_NET_ADMIN) and removed in the end.
     /// bridge= makes it a port of that bridge. mac= is the guest's address; one that follows from this host and the tap's
-    /// name unless given. queues= is the number of pairs of queues, 1 unless given. A daemon that ends is started again,
+    /// name unless given. queues= is the number of pairs of queues, 1 unless given. throttle.bps-rx=, throttle.pps-tx= and so on
+    /// limit what the guest receives and sends, and pcap= has all frames written to a file or a pipe: 'cleave-net --help' says
+    /// more. A daemon that ends is started again,
     /// as with --disk. none leaves out those that the configuration file asks for.
     #[arg(long, value_name = "KEYS|none", value_parser = |text: &str| options::parse::<NetConfig>(text, Some("kind")))]
     net: Vec<NetConfig>,

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 
 use cleave_common::interface::{self, NotAnInterfaceName};
 use cleave_common::mac::MacAddress;
+use cleave_common::throttle::{NetThrottleConfig, ThrottleError};
 use serde::Deserialize;
 
 use super::device::{DeviceConfig, Restart, RestartLimitError, TimeSpan};
 
-/// `--net tap=NAME[,bridge=NAME][,mac=ADDRESS][,mtu=BYTES][,queues=N][,poll-us=N][,cpus=LIST][,restart=...]`,
+/// `--net tap=NAME[,bridge=NAME][,mac=ADDRESS][,mtu=BYTES][,queues=N][,poll-us=N][,cpus=LIST][,throttle.KEY=N...]`
+/// `[,pcap=PATH[,pcap-snaplen=BYTES]][,restart=...]`,
 /// `--net socket=PATH[,wait=30s][,queues=N]`, each with `[,id=ID]`; or `--net none`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -26,6 +28,11 @@ pub struct NetConfig {
     /// How long a queue's thread may look for work before it sleeps, in microseconds.
     pub poll_us: Option<u32>,
     pub cpus: Option<cleave_common::cpus::CpuList>,
+    #[serde(default)]
+    pub throttle: NetThrottleConfig,
+    /// A file or a named pipe for all frames, and how many bytes of each.
+    pub pcap: Option<PathBuf>,
+    pub pcap_snaplen: Option<u32>,
     pub restart: Option<Restart>,
     pub restart_limit: Option<u32>,
     pub socket: Option<PathBuf>,
@@ -51,7 +58,7 @@ pub struct NetDevice {
 #[derive(Debug, Clone, PartialEq)]
 pub enum NetPeer {
     /// A daemon that we start, on a tap device.
-    Tap { tap: String, settings: NetConfig },
+    Tap { tap: String, settings: Box<NetConfig> },
     /// A daemon that someone else runs.
     Socket { socket: PathBuf, wait: TimeSpan, queues: Option<u16> },
 }
@@ -89,6 +96,10 @@ pub enum NetError {
     Name { key: &'static str, name: String },
     #[error("mtu={0}: it is 68 to 65521 bytes")]
     Mtu(u16),
+    #[error("throttle: {0}")]
+    Throttle(#[from] ThrottleError),
+    #[error("pcap-snaplen={0}: it is 14 to 262144 bytes of the frames that pcap=PATH captures")]
+    Snaplen(u32),
 }
 
 impl NetConfig {
@@ -131,7 +142,13 @@ impl NetConfig {
         if let Some(mtu) = self.mtu.filter(|mtu| !(68..=65521).contains(mtu)) {
             return Err(NetError::Mtu(mtu));
         }
-        Ok(NetPeer::Tap { tap, settings: self })
+        self.throttle.validate()?;
+        if let Some(len) =
+            self.pcap_snaplen.filter(|len| self.pcap.is_none() || !(14..=262_144).contains(len))
+        {
+            return Err(NetError::Snaplen(len));
+        }
+        Ok(NetPeer::Tap { tap, settings: Box::new(self) })
     }
 
     fn with_socket(self, socket: PathBuf) -> Result<NetPeer, NetError> {
@@ -141,6 +158,9 @@ impl NetConfig {
             ("mtu", self.mtu.is_some()),
             ("poll-us", self.poll_us.is_some()),
             ("cpus", self.cpus.is_some()),
+            ("throttle", self.throttle != NetThrottleConfig::default()),
+            ("pcap", self.pcap.is_some()),
+            ("pcap-snaplen", self.pcap_snaplen.is_some()),
             ("restart", self.restart.is_some()),
             ("restart-limit", self.restart_limit.is_some()),
         ];

@@ -277,6 +277,12 @@ fn scsi_arguments(adapter: &ScsiAdapter, requests: u16) -> Vec<OsString> {
 
 fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {
     let value = |key: &str, value: Option<String>| value.map(|value| format!("--{key}={value}").into());
+    let throttle = Some(settings.throttle).filter(|throttle| !throttle.is_empty());
+    let pcap = settings.pcap.as_ref().map(|path| {
+        let mut word = OsString::from("--pcap=");
+        word.push(path);
+        word
+    });
     [
         value("tap", Some(tap.to_owned())),
         value("bridge", settings.bridge.clone()),
@@ -285,6 +291,9 @@ fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {
         value("queues", settings.queues.map(|queues| queues.to_string())),
         value("poll-us", settings.poll_us.map(|microseconds| microseconds.to_string())),
         value("cpus", settings.cpus.as_ref().map(|cpus| cpus.to_string())),
+        value("throttle", throttle.map(|throttle| throttle.to_string())),
+        pcap,
+        value("pcap-snaplen", settings.pcap_snaplen.map(|len| len.to_string())),
     ]
     .into_iter()
     .flatten()

@@ -60,6 +60,20 @@ fn what_a_disk_is_asked_for_reaches_its_daemon() {
 }
 
 #[test]
+fn what_a_network_is_asked_for_reaches_its_daemon() {
+    let net = "tap=t,throttle.bps-rx=1M,throttle.pps-tx=9,pcap=/a b.pcap,pcap-snaplen=96";
+    let settings = Settings {
+        kernel: Some("vmlinuz".into()),
+        net: vec![options::parse(net, Some("kind")).unwrap()],
+        ..Settings::default()
+    };
+    let slots = plan(&settings.validate().unwrap(), 40).unwrap().slots;
+    let Backend::Spawn(DaemonSpec { args, .. }) = &slots[0].backend else { panic!("it is spawned") };
+    let expected = "--tap=t --throttle=pps-tx=9,bps-rx=1048576 --pcap=/a b.pcap --pcap-snaplen=96";
+    assert_eq!(args.join(" ".as_ref()), *expected);
+}
+
+#[test]
 fn a_network_is_a_daemon_of_ours_or_somebody_elses() {
     let settings = Settings {
         kernel: Some("vmlinuz".into()),
