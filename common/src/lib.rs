@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod cpus;
 pub mod exit;
+pub mod forward;
 pub mod interface;
 pub mod logging;
 pub mod mac;
