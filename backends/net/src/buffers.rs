@@ -106,6 +106,28 @@ impl GuestBuffers {
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Writes `before`, and then all of them but the first `skipped` bytes.
+    pub(crate) fn writev_behind(&self, fd: BorrowedFd<'_>, before: &[u8], skipped: usize) -> io::Result<usize> {
+        let first = libc::iovec { iov_base: before.as_ptr().cast_mut().cast(), iov_len: before.len() };
+        let mut entries = Vec::with_capacity(self.entries.len() + 1);
+        entries.push(first);
+        let mut skipped = skipped;
+        for entry in &self.entries {
+            let part = skipped.min(entry.iov_len);
+            skipped -= part;
+            if part < entry.iov_len {
+                // SAFETY: `part` is inside the entry.
+                let iov_base = unsafe { entry.iov_base.cast::<u8>().add(part) }.cast();
+                entries.push(libc::iovec { iov_base, iov_len: entry.iov_len - part });
+            }
+        }
+        let count = entries.len() as libc::c_int;
+        // SAFETY: the first entry is `before`, which is only read and borrowed for as long as this takes; the others are
+        // parts of guest memory that `self.memory` keeps mapped.
+        let written = unsafe { libc::writev(fd.as_raw_fd(), entries.as_ptr(), count) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
     /// Copies `bytes` to `offset` bytes from the start, as far as there are buffers.
     pub(crate) fn write_at(&self, offset: usize, bytes: &[u8]) {
         self.each_part(offset, bytes.len(), |at, place, len| {

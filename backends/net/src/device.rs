@@ -215,7 +215,8 @@ impl Device for Net {
     fn report(&self) -> String {
         // Not the port's word: asking it takes away what says that the link has changed.
         let link = if self.shared.link_is_up() { "up" } else { "down" };
-        format!("the link is {link}; {}", Total(&self.shared.counters))
+        let port = self.shared.port.report().map(|report| format!("; {report}")).unwrap_or_default();
+        format!("the link is {link}{port}; {}", Total(&self.shared.counters))
     }
 
     fn change_fd(&self) -> Option<BorrowedFd<'_>> {

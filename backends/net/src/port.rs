@@ -1,8 +1,11 @@
-//! Where frames go to and come from: a tap device now. Whatever has frames with a virtio-net header can be one.
+//! Where frames go to and come from: a tap device, or passt. Whatever has frames can be one that makes and reads the
+//! guest's header.
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
+
+use rustix::event::epoll::EventFlags;
 
 use crate::buffers::GuestBuffers;
 
@@ -29,6 +32,11 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// Readable, or writable, when pair `pair` has a frame, or room for one.
     fn fd(&self, pair: u16) -> BorrowedFd<'_>;
 
+    /// What to wait for when pair `pair` has had no room: [`Port::fd`], to be writable, unless that is another one.
+    fn room(&self, pair: u16) -> (BorrowedFd<'_>, EventFlags) {
+        (self.fd(pair), EventFlags::OUT)
+    }
+
     /// Takes the next frame, behind its header, into `buffers`, and what does not fit there into `spill`. Gives the bytes.
     ///
     /// # Errors
@@ -41,6 +49,14 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// `WouldBlock` when there is no room now; others concern this frame, unless [`Port::is_gone`].
     fn send(&self, pair: u16, frame: &GuestBuffers) -> io::Result<()>;
 
+    /// Has the rest of what [`Port::send`] took go out, where it may take a frame and send a part of it.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is no room now: wait for some.
+    fn flush(&self, _pair: u16) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Whether it is no more, and will not come back to this process.
     fn is_gone(&self) -> bool;
 
@@ -49,4 +65,9 @@ pub(crate) trait Port: Debug + Send + Sync {
 
     /// See [`Port::link_is_up`]; `None` if it is always up.
     fn link_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// How it is, for an administrator, where there is more to say than the link.
+    fn report(&self) -> Option<String> {
+        None
+    }
 }

@@ -4,7 +4,6 @@
 use std::io::{self, ErrorKind};
 
 use cleave_runtime::{Chain, Command, Inbox, Polling, Vring};
-use rustix::event::epoll::EventFlags;
 
 use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
 use crate::buffers::GuestBuffers;
@@ -31,7 +30,8 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 /// What the thread of the transmit queue of `pair` waits by.
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
-    waiter.watch_port(shared.port.fd(pair), EventFlags::OUT)?;
+    let (fd, room) = shared.port.room(pair);
+    waiter.watch_port(fd, room)?;
     Ok(waiter)
 }
 
@@ -95,6 +95,9 @@ impl<'s> Transmitter<'s> {
 impl Work for Transmitter<'_> {
     fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
         for _ in 0..BATCH {
+            if self.shared.port.flush(self.pair).is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+                return Ok(Next::Port);
+            }
             let head = match self.waiting.take() {
                 Some(head) => head,
                 None => {
