@@ -26,7 +26,9 @@ pub struct PortForward {
 
 /// A text that is no [`PortForward`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{text}' is no forwarded port: {reason}; it is tcp|udp:[ADDRESS:]HOSTPORT:GUESTPORT, such as tcp:2222:22")]
+#[error(
+    "'{text}' is no forwarded port: {reason}; it is tcp|udp:[ADDRESS:]HOSTPORT:GUESTPORT, such as tcp:2222:22"
+)]
 pub struct PortForwardError {
     text: String,
     reason: String,

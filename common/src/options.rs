@@ -148,7 +148,9 @@ fn insert(pairs: &mut Vec<(String, Value)>, path: &str, word: Word) -> Result<()
         (Some(Value::Table(_, table)), Some(rest)) => insert(table, rest, word)?,
         (Some(Value::Words(words)), None) => words.push(word),
         (Some(known @ Value::Word(_)), None) => {
-            let Value::Word(first) = std::mem::replace(known, Value::Words(Vec::new())) else { return Ok(()) };
+            let Value::Word(first) = std::mem::replace(known, Value::Words(Vec::new())) else {
+                return Ok(());
+            };
             *known = Value::Words(vec![first, word]);
         }
         (Some(_), _) => return Err(given_twice(&word.key)),

@@ -107,7 +107,12 @@ impl GuestBuffers {
     }
 
     /// Writes `before`, and then all of them but the first `skipped` bytes.
-    pub(crate) fn writev_behind(&self, fd: BorrowedFd<'_>, before: &[u8], skipped: usize) -> io::Result<usize> {
+    pub(crate) fn writev_behind(
+        &self,
+        fd: BorrowedFd<'_>,
+        before: &[u8],
+        skipped: usize,
+    ) -> io::Result<usize> {
         let first = libc::iovec { iov_base: before.as_ptr().cast_mut().cast(), iov_len: before.len() };
         let mut entries = Vec::with_capacity(self.entries.len() + 1);
         entries.push(first);

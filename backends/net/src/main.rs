@@ -58,15 +58,15 @@ struct Args {
 
     /// Forward a port of the host's to the guest: tcp|udp:[ADDRESS:]HOSTPORT:GUESTPORT, such as tcp:2222:22; many times.
     /// It is listened on at 127.0.0.1 unless ADDRESS says where else
-    #[arg(long, value_name = "SPEC", requires = "user")]
+    #[arg(long, value_name = "SPEC", requires = "user", conflicts_with_all = ["tap", "tap_fd"])]
     hostfwd: Vec<PortForward>,
 
     /// Let the guest reach the host's own services, those on its loopback too, at the address of its gateway
-    #[arg(long, value_name = "on|off", requires = "user", value_parser = on_or_off)]
+    #[arg(long, value_name = "on|off", requires = "user", conflicts_with_all = ["tap", "tap_fd"], value_parser = on_or_off)]
     host: Option<bool>,
 
     /// The program passt, if it is not the one in PATH
-    #[arg(long, value_name = "PATH", requires = "user", default_value = "passt")]
+    #[arg(long, value_name = "PATH", requires = "user", conflicts_with_all = ["tap", "tap_fd"], default_value = "passt")]
     passt: PathBuf,
 
     /// Make the tap device a port of this bridge
@@ -153,7 +153,8 @@ fn run(args: Args) -> Result<(), Failure> {
             let source = TapSource::Name(name, args.queues.unwrap_or(1));
             connection.to_tap(source, args.bridge.as_deref())?
         }
-        (None, None) => connection.to_tap(TapSource::Inherited(all_open(&args.tap_fd, inherited)?), args.bridge.as_deref())?,
+        (None, None) => connection
+            .to_tap(TapSource::Inherited(all_open(&args.tap_fd, inherited)?), args.bridge.as_deref())?,
     };
     let endpoint = socket.open()?;
     let sandbox = Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls };
@@ -196,7 +197,10 @@ impl Connection {
         let mac = self.mac.unwrap_or_else(|| MacAddress::derived_from([b"user".as_slice()]));
         let mtu = self.mtu.unwrap_or(user::DEFAULT_MTU);
         if mtu > user::DEFAULT_MTU {
-            return Err(Failure::usage(format!("--mtu {mtu}: with --user it is at most {}", user::DEFAULT_MTU)));
+            return Err(Failure::usage(format!(
+                "--mtu {mtu}: with --user it is at most {}",
+                user::DEFAULT_MTU
+            )));
         }
         let port = UserNetwork::open(&UserOptions { program, forwards, host, mtu }, mac)?;
         info!("passt: guest address {mac}");
@@ -208,10 +212,7 @@ fn on_or_off(text: &str) -> Result<bool, String> {
     options::switch(text).ok_or_else(|| "it is on or off".to_owned())
 }
 
-fn all_open(
-    numbers: &[RawFd],
-    descriptors: Vec<Option<OwnedFd>>,
-) -> Result<Vec<OwnedFd>, TapError> {
+fn all_open(numbers: &[RawFd], descriptors: Vec<Option<OwnedFd>>) -> Result<Vec<OwnedFd>, TapError> {
     if numbers.len() > usize::from(MAX_PAIRS) {
         return Err(TapError::Inherited(format!(
             "{} pairs of queues are too many: {MAX_PAIRS} are possible",

@@ -24,10 +24,11 @@ mod stream;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use cleave_common::exit::ExitCode;
 use cleave_common::mac::MacAddress;
@@ -47,6 +48,9 @@ use stream::{Incoming, Outgoing, StreamError};
 
 /// What passt gives guests unless told: the largest that fits its frames.
 pub(crate) const DEFAULT_MTU: u16 = 65520;
+
+/// How long the forwarded ports may still be those of the passt of a daemon that was killed: it ends, but not at once.
+const PREDECESSOR: Duration = Duration::from_secs(1);
 
 /// Header flags (virtio 1.2, 5.1.6).
 const NEEDS_CSUM: u8 = 1;
@@ -100,10 +104,15 @@ impl UserNetwork {
     /// Starts passt, and waits until it serves. Call it before there is a thread, and before signals are blocked.
     pub(crate) fn open(options: &UserOptions, guest: MacAddress) -> Result<Self, UserError> {
         let control = keeper::start(options, guest).map_err(UserError::Keeper)?;
-        let (pid, socket) = match receive(&control)? {
-            Received::Report(Report::Serving { pid }, Some(socket)) => (pid, socket),
-            Received::Report(report, _) => return Err(refusal(report, &options.program)),
-            Received::Gone | Received::Nothing => return Err(UserError::KeeperGone),
+        let patience = if options.forwards.is_empty() { Duration::ZERO } else { PREDECESSOR };
+        let begun = Instant::now();
+        let (pid, socket) = loop {
+            match receive(&control)? {
+                Received::Report(Report::Serving { pid }, Some(socket)) => break (pid, socket),
+                Received::Report(Report::Ended { .. }, _) if begun.elapsed() < patience => {}
+                Received::Report(report, _) => return Err(refusal(report, &options.program)),
+                Received::Gone | Received::Nothing => return Err(UserError::KeeperGone),
+            }
         };
         fcntl_setfl(&control, fcntl_getfl(&control).map_err(io::Error::from)? | OFlags::NONBLOCK)
             .map_err(io::Error::from)?;
@@ -244,7 +253,7 @@ impl Supervision {
 }
 
 /// What a report of a passt that does not serve says.
-fn refusal(report: Report, program: &std::path::Path) -> UserError {
+fn refusal(report: Report, program: &Path) -> UserError {
     let program = program.to_owned();
     match report {
         Report::Failed(libc::ENOENT) => UserError::NoProgram(program),
@@ -258,9 +267,10 @@ fn refusal(report: Report, program: &std::path::Path) -> UserError {
             let said = if said.is_empty() { said } else { format!(": {said}") };
             UserError::Ended { how, said }
         }
-        Report::Serving { pid } => {
-            UserError::Ended { how: format!("serves as process {pid}, without a socket"), said: String::new() }
-        }
+        Report::Serving { pid } => UserError::Ended {
+            how: format!("serves as process {pid}, without a socket"),
+            said: String::new(),
+        },
     }
 }
 
@@ -377,6 +387,3 @@ impl Port for UserNetwork {
         })
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -8,6 +8,8 @@ mod hostile;
 mod kill;
 mod pairs;
 mod program;
+mod user;
+mod user_real;
 
 use std::time::Duration;
 

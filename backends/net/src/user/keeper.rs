@@ -15,7 +15,10 @@
 //! Invariants: the keeper holds no descriptor of the daemon's but its end of the control socket, above all not the
 //! frontend's; the daemon's end of a socket to passt is not kept here, so passt sees the daemon's end; a socket is handed
 //! over only when passt serves it.
-#![expect(unsafe_code, reason = "a process is forked, its descriptors are closed, and passt is told when its parent dies")]
+#![expect(
+    unsafe_code,
+    reason = "a process is forked, its descriptors are closed, and passt is told when its parent dies"
+)]
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -92,11 +95,14 @@ impl Keeper {
         loop {
             let (report, served) = match self.attempt() {
                 Ok(Outcome::Alone) => std::process::exit(0),
-                Ok(Outcome::Ended { served, status, said }) => (Report::Ended { status: status.into_raw(), said }, served),
+                Ok(Outcome::Ended { served, status, said }) => {
+                    (Report::Ended { status: status.into_raw(), said }, served)
+                }
                 Err(error) => (Report::Failed(error.raw_os_error().unwrap_or(libc::EIO)), None),
             };
             // Nobody there to hear it: there is nothing left to do.
-            if send(&self.control, &report, None).is_err() || self.is_alone_after(backoff.pause_after(served)) {
+            if send(&self.control, &report, None).is_err() || self.is_alone_after(backoff.pause_after(served))
+            {
                 std::process::exit(0);
             }
         }
@@ -117,6 +123,9 @@ impl Keeper {
     /// One passt, from its start to its end.
     fn attempt(&self) -> io::Result<Outcome> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        // What passt makes nothing of: it only shows when passt begins to read.
+        rustix::io::write(&ours, &stream::nothing(self.guest))?;
+        fcntl_setfl(&ours, fcntl_getfl(&ours)? | OFlags::NONBLOCK)?;
         let mut child = self.spawn(&theirs)?;
         drop(theirs);
         let attempt = Passt::new(&mut child, ours).and_then(|passt| passt.watch(self));
@@ -156,16 +165,9 @@ impl<'c> Passt<'c> {
     }
 
     fn watch(mut self, keeper: &Keeper) -> io::Result<Outcome> {
-        // What passt makes nothing of: it only shows when passt begins to read.
-        if let Some(socket) = &self.socket {
-            rustix::io::write(socket, &stream::nothing(keeper.guest))?;
-            fcntl_setfl(socket, fcntl_getfl(socket)? | OFlags::NONBLOCK)?;
-        }
         loop {
-            let mut fds = vec![
-                PollFd::new(&keeper.control, PollFlags::IN),
-                PollFd::new(&self.pidfd, PollFlags::IN),
-            ];
+            let mut fds =
+                vec![PollFd::new(&keeper.control, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
             fds.extend(self.lines.pipe.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
             let look = self.socket.as_ref().and_then(|_| Timespec::try_from(LOOK).ok());
             match poll(&mut fds, look.as_ref()) {
@@ -190,7 +192,8 @@ impl<'c> Passt<'c> {
     /// Bytes that nobody has read are counted as the sender's (SIOCOUTQ): when there are none, passt has come as far as
     /// its loop, and has bound all its ports.
     fn hand_over_when_read(&mut self, keeper: &Keeper) -> io::Result<()> {
-        if let Some(socket) = self.socket.take_if(|socket| unread(socket).is_ok_and(|bytes| bytes == 0)) {
+        // In this order: what the dead leave unread is not counted either, and they hang up first.
+        if let Some(socket) = self.socket.take_if(|socket| is_read(socket) && !is_hung_up(socket)) {
             self.served_since = Some(Instant::now());
             send(&keeper.control, &Report::Serving { pid: self.child.id() }, Some(socket.as_fd()))?;
         }
@@ -198,13 +201,16 @@ impl<'c> Passt<'c> {
     }
 }
 
-fn unread(socket: &OwnedFd) -> io::Result<i32> {
+fn is_read(socket: &OwnedFd) -> bool {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the kernel writes an int to where `bytes` is.
-    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
-        0 => Ok(bytes),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let asked = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    asked == 0 && bytes == 0
+}
+
+fn is_hung_up(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::empty())];
+    !matches!(poll(&mut fds, Some(&Timespec::default())), Ok(0))
 }
 
 /// What passt says on standard error, line by line.

@@ -6,8 +6,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
 };
 
 /// Bytes of a message.
@@ -117,13 +117,16 @@ mod tests {
         let ((to, from), (socket, other)) = (pair(), pair());
         assert!(matches!(receive(&from), Ok(Received::Nothing)));
         let said = "Failed to bind".to_owned();
-        let reports = [Report::Serving { pid: u32::MAX }, Report::Ended { status: 256, said }, Report::Failed(2)];
+        let reports =
+            [Report::Serving { pid: u32::MAX }, Report::Ended { status: 256, said }, Report::Failed(2)];
         for report in &reports {
             let socket = matches!(report, Report::Serving { .. }).then(|| socket.as_fd());
             send(&to, report, socket).unwrap();
         }
         for report in &reports {
-            let Ok(Received::Report(received, socket)) = receive(&from) else { panic!("{report:?} is missing") };
+            let Ok(Received::Report(received, socket)) = receive(&from) else {
+                panic!("{report:?} is missing")
+            };
             assert_eq!(received, *report);
             assert_eq!(socket.is_some(), matches!(report, Report::Serving { .. }));
             if let Some(socket) = socket {
@@ -133,7 +136,9 @@ mod tests {
         }
         let long = Report::Ended { status: 0, said: "x".repeat(5000) };
         send(&to, &long, None).unwrap();
-        assert!(matches!(receive(&from), Ok(Received::Report(Report::Ended { said, .. }, None)) if said.len() == 1019));
+        assert!(
+            matches!(receive(&from), Ok(Received::Report(Report::Ended { said, .. }, None)) if said.len() == 1019)
+        );
         rustix::io::write(&to, b"abc").unwrap();
         assert!(receive(&from).is_err());
         drop(to);
