@@ -11,6 +11,7 @@ pub mod interface;
 pub mod logging;
 pub mod mac;
 pub mod options;
+pub mod passt;
 pub mod sandbox;
 pub mod size;
 pub mod socket;

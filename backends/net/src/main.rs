@@ -28,6 +28,7 @@ use cleave_common::forward::PortForward;
 use cleave_common::interface::{self, NotAnInterfaceName};
 use cleave_common::mac::MacAddress;
 use cleave_common::options;
+use cleave_common::passt::{self, PasstOptions};
 use cleave_runtime::{CommonArgs, Sandbox, Signals, capabilities_json, cpus};
 use tracing::info;
 
@@ -66,7 +67,7 @@ struct Args {
     host: Option<bool>,
 
     /// The program passt, if it is not the one in PATH
-    #[arg(long, value_name = "PATH", requires = "user", conflicts_with_all = ["tap", "tap_fd"], default_value = "passt")]
+    #[arg(long, value_name = "PATH", requires = "user", conflicts_with_all = ["tap", "tap_fd"], default_value = passt::PROGRAM)]
     passt: PathBuf,
 
     /// Make the tap device a port of this bridge
@@ -202,7 +203,8 @@ impl Connection {
                 user::DEFAULT_MTU
             )));
         }
-        let port = UserNetwork::open(&UserOptions { program, forwards, host, mtu }, mac)?;
+        let passt = PasstOptions { forwards, host, mtu: Some(mtu) };
+        let port = UserNetwork::open(&UserOptions { program, passt, mtu }, mac)?;
         info!("passt: guest address {mac}");
         Ok(Ports { port: Arc::new(port), pairs: 1, mac, ioctls: &[] })
     }

@@ -104,7 +104,7 @@ impl UserNetwork {
     /// Starts passt, and waits until it serves. Call it before there is a thread, and before signals are blocked.
     pub(crate) fn open(options: &UserOptions, guest: MacAddress) -> Result<Self, UserError> {
         let control = keeper::start(options, guest).map_err(UserError::Keeper)?;
-        let patience = if options.forwards.is_empty() { Duration::ZERO } else { PREDECESSOR };
+        let patience = if options.passt.forwards.is_empty() { Duration::ZERO } else { PREDECESSOR };
         let begun = Instant::now();
         let (pid, socket) = loop {
             match receive(&control)? {

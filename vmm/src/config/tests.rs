@@ -222,11 +222,26 @@ fn networks_are_told_apart_and_none_leaves_out_those_before() {
         nets(texts).validate().unwrap().nets.into_iter().map(|net| net.name).collect()
     };
     assert_eq!(names(&["tap=a", "socket=/s", "tap=b,id=lan"]), ["net0", "net1", "lan"]);
+    assert_eq!(names(&["user", "user,hostfwd=tcp:1:2,hostfwd=udp:3:4,direct,id=x"]), ["net0", "x"]);
     assert_eq!(names(&["tap=a", "none"]), [""; 0]);
     assert_eq!(names(&["tap=a", "none", "tap=a"]), ["net0"]);
     for (texts, reason) in [
-        (&["queues=2"][..], "tap=NAME, socket=PATH, none"),
-        (&["tap=a,socket=/s"], "tap=NAME, socket=PATH, none"),
+        (&["queues=2"][..], "tap=NAME, user, socket=PATH, none"),
+        (&["tap=a,socket=/s"], "tap=NAME, user, socket=PATH, none"),
+        (&["user,tap=a"], "it takes one of"),
+        (&["user,socket=/s"], "it takes one of"),
+        (&["none,hostfwd=tcp:1:2"], "'none' stands alone"),
+        (&["tap=a,hostfwd=tcp:1:2"], "hostfwd= goes with user"),
+        (&["socket=/s,host=on"], "host= goes with user"),
+        (&["tap=a,direct=off"], "direct= goes with user"),
+        (&["user,bridge=br0"], "bridge= does not go with user"),
+        (&["user,queues=1"], "queues= does not go with user"),
+        (&["user,wait=3s"], "wait= is for"),
+        (&["user,mtu=65521"], "with user it is 68 to 65520"),
+        (&["user,direct=on,mac=52:54:00:12:34:56"], "mac= does not go with direct=on"),
+        (&["user,direct=on,cpus=1"], "cpus= does not go with direct=on"),
+        (&["user,restart=never,restart-limit=2"], "leave one of them out"),
+        (&["user,id=x", "user,direct=on,id=x"], "two devices are named 'x'"),
         (&["none,tap=a"], "'none' stands alone"),
         (&["tap=a,queues=0"], "1 to 64 pairs"),
         (&["tap=a,queues=65"], "1 to 64 pairs"),

@@ -72,6 +72,7 @@ pub struct Supervisor(Vec<Served>);
 impl Supervisor {
     /// Starts a daemon that is to live as long as the machine.
     pub fn start(&mut self, slot: SlotIndex, spec: &DaemonSpec) -> Result<(u32, UnixStream), DaemonError> {
+        daemon::check(spec)?;
         let (daemon, socket) = daemon::spawn(spec)?;
         let pid = daemon.pid();
         let state = State::Alive { daemon, since: Instant::now(), killed: false };
@@ -243,7 +244,8 @@ mod tests {
     fn supervised(restart: Restart, restart_limit: Option<u32>) -> Supervisor {
         let args = vec!["-c".into(), "read x <&3".into()];
         let (program, device) = ("sh".to_owned(), "disk0".to_owned());
-        let spec = DaemonSpec { program, device, args, restart, restart_limit, io_timeout: None };
+        let spec =
+            DaemonSpec { program, device, args, restart, restart_limit, io_timeout: None, needs: None };
         let mut supervisor = Supervisor::default();
         let (_pid, socket) = supervisor.start(SLOT, &spec).unwrap();
         // Its end is its end, and not that of its socket.

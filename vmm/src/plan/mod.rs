@@ -16,10 +16,14 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cleave_common::mac::MacAddress;
+use cleave_common::passt::{self, PasstOptions};
 use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
-use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer, OnFull, Restart};
+use crate::config::{
+    CacheMode, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetDevice, NetPeer, OnFull, Restart,
+};
 use crate::memory::RamRegion;
 
 const GIB: u64 = 1 << 30;
@@ -88,7 +92,23 @@ pub struct DaemonSpec {
     pub restart_limit: Option<u32>,
     /// How long it may complete nothing of a queue that has work; without end if absent.
     pub io_timeout: Option<Duration>,
+    /// What it has to know, where it is a program that is not ours.
+    pub needs: Option<Need>,
 }
+
+/// An option that a program lists in its `--help`, or is of no use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    pub option: &'static str,
+    /// What to do about one that does not.
+    pub advice: &'static str,
+}
+
+/// passt serves devices itself since 2025.
+const VHOST_USER: Need = Need {
+    option: "--vhost-user",
+    advice: "install a newer passt (Debian 13 has one), or leave direct=on out: then cleave-net is between",
+};
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
@@ -135,27 +155,12 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             restart: disk.restart,
             restart_limit: disk.restart_limit,
             io_timeout: disk.io_timeout.map(|timeout| timeout.0),
+            needs: None,
         });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
     let nets = config.nets.iter().map(|net| {
-        let device = net.name.clone();
-        let (queues, backend) = match &net.peer {
-            NetPeer::Tap { tap, settings } => {
-                let spec = DaemonSpec {
-                    program: "cleave-net".to_owned(),
-                    device,
-                    args: net_arguments(tap, settings),
-                    restart: settings.restart.unwrap_or_default(),
-                    restart_limit: settings.restart_limit,
-                    io_timeout: None,
-                };
-                (None, Backend::Spawn(spec))
-            }
-            NetPeer::Socket { socket, wait, queues } => {
-                (*queues, Backend::Attach { socket: socket.clone(), wait: wait.0 })
-            }
-        };
+        let (queues, backend) = network(net);
         (net.name.clone(), DeviceType::NET, queues, backend)
     });
     let devices = config.devices.iter().enumerate().map(|(at, device)| {
@@ -173,6 +178,52 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             backend,
         })
         .collect()
+}
+
+/// The queues to assume of a network device's daemon that cannot say how many it has, and the daemon.
+fn network(net: &NetDevice) -> (Option<u16>, Backend) {
+    let spawn = |program: &str, args, settings: &NetConfig, needs| {
+        Backend::Spawn(DaemonSpec {
+            program: program.to_owned(),
+            device: net.name.clone(),
+            args,
+            restart: settings.restart.unwrap_or_default(),
+            restart_limit: settings.restart_limit,
+            io_timeout: None,
+            needs,
+        })
+    };
+    match &net.peer {
+        NetPeer::Tap { tap, settings } => {
+            (None, spawn("cleave-net", net_arguments(tap, settings), settings, None))
+        }
+        NetPeer::User { passt, settings } => {
+            (None, spawn("cleave-net", user_arguments(&net.name, passt, settings), settings, None))
+        }
+        NetPeer::Passt { passt, settings } => {
+            let arguments = std::iter::once(VHOST_USER.option.to_owned()).chain(passt.arguments());
+            let arguments = arguments.map(OsString::from).collect();
+            (Some(2), spawn(passt::PROGRAM, arguments, settings, Some(VHOST_USER)))
+        }
+        NetPeer::Socket { socket, wait, queues } => {
+            (*queues, Backend::Attach { socket: socket.clone(), wait: wait.0 })
+        }
+    }
+}
+
+fn user_arguments(name: &str, passt: &PasstOptions, settings: &NetConfig) -> Vec<OsString> {
+    // Nobody but its passt sees it; two devices of one guest must not have the same one.
+    let mac = settings.mac.unwrap_or_else(|| MacAddress::derived_from([name.as_bytes()]));
+    let mut arguments = vec!["--user".into(), format!("--mac={mac}").into()];
+    arguments.extend(passt.forwards.iter().map(|forward| format!("--hostfwd={forward}").into()));
+    arguments.extend(passt.host.then(|| "--host=on".into()));
+    let settings = [
+        settings.mtu.map(|mtu| format!("--mtu={mtu}")),
+        settings.poll_us.map(|microseconds| format!("--poll-us={microseconds}")),
+        settings.cpus.as_ref().map(|cpus| format!("--cpus={cpus}")),
+    ];
+    arguments.extend(settings.into_iter().flatten().map(OsString::from));
+    arguments
 }
 
 fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {
