@@ -1,4 +1,4 @@
-//! passt, for what talks to it: one that a test plays, and what frames to the real one look like.
+//! passt, for what talks to it: one that a test plays, and a real one that is newer than Debian 12's.
 //!
 //! The one that is played is a program, `fake-passt`, that hands its socket to the test, so that everything about it is
 //! real but what it says.
@@ -16,7 +16,10 @@ use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
+use crate::cache::{self, Cache};
+use crate::debian::Apt;
 use crate::driver::{PATIENCE, binary};
+use crate::error::{Context, Result};
 
 /// A place where passts that are started turn up.
 pub struct FakePasst {
@@ -144,6 +147,37 @@ impl Played {
         self.control.write_all(&[code])
     }
 }
+
+/// A directory with Debian 13's passt, which serves vhost-user, with the C library it needs: `passt` starts it, wherever the
+/// directory is copied to.
+///
+/// # Errors
+/// It cannot be fetched.
+pub fn newer(cache: &Cache) -> Result<PathBuf> {
+    cache.entry("passt", &cache::key(&[NEWER, STARTER, "1"]), |place| {
+        let apt = Apt::of_release(cache, NEWER)?;
+        eprintln!("lab: fetching passt of {NEWER} (4 MB)");
+        let root = place.join("root");
+        ["passt", "libc6"].iter().try_for_each(|package| apt.unpack(package, &root))?;
+        let libraries = root.join("usr/lib/x86_64-linux-gnu");
+        let files = [LOADER, "libc.so.6"].map(|name| (libraries.join(name), name));
+        for (from, name) in files.into_iter().chain([(root.join("usr/bin/passt"), "program")]) {
+            std::fs::copy(&from, place.join(name)).context(|| format!("copy {}", from.display()))?;
+        }
+        std::fs::remove_dir_all(&root).context(|| "remove what is not needed of passt")?;
+        let starter = place.join("passt");
+        std::fs::write(&starter, STARTER).context(|| "write a starter")?;
+        std::fs::set_permissions(&starter, std::fs::Permissions::from_mode(0o755))
+            .context(|| "make it executable")
+    })
+}
+
+const NEWER: &str = "trixie";
+const LOADER: &str = "ld-linux-x86-64.so.2";
+const STARTER: &str = r#"#!/bin/sh
+here=${0%/*}
+exec "$here/ld-linux-x86-64.so.2" --inhibit-cache --library-path "$here" --argv0 passt "$here/program" "$@"
+"#;
 
 /// A frame behind its length.
 pub fn in_stream(frame: &[u8]) -> Vec<u8> {

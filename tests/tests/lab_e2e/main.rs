@@ -13,6 +13,7 @@ mod refusals;
 mod rig;
 mod survival;
 mod uarts;
+mod user_network;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -27,6 +28,7 @@ use cleave_tests::error::{Error, Result};
 use cleave_tests::guest::{self, Debian};
 use cleave_tests::kernel::Kernel;
 use cleave_tests::lab::{Disk, Job, Lab, binaries};
+use cleave_tests::passt;
 use cleave_tests::peers;
 use cleave_tests::vm::Outcome;
 use libtest_mimic::{Arguments, Trial};
@@ -41,6 +43,7 @@ const GROUPS: &[&str] = &[
     "survival::",
     "debian::",
     "network::",
+    "user_network::",
     "boots::",
     "daemons::",
     "faults::",
@@ -65,6 +68,7 @@ fn cases() -> Vec<Case> {
         refusals::CASES,
         survival::CASES,
         network::CASES,
+        user_network::CASES,
     ]
     .concat()
 }
@@ -119,6 +123,7 @@ fn in_the_lab() -> Result<i32> {
     Kernel::of_guests(&cache)?.vmlinux(&cache)?;
     guest::initramfs(&cache)?;
     peers::rng_daemon(&cache)?;
+    passt::newer(&cache)?;
     let debian = Debian::open(&cache)?;
     let this = std::env::current_exe()
         .map_err(|source| Error::Io { what: "find this program".to_owned(), source })?;

@@ -210,8 +210,10 @@ pub fn processes(name: &str, parent: Option<u32>) -> Vec<u32> {
 pub fn nothing_left_behind() -> Outcome<()> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        let left: Vec<u32> =
-            ["cleave", "cleave-block", "cleave-net"].iter().flat_map(|name| processes(name, None)).collect();
+        let left: Vec<u32> = ["cleave", "cleave-block", "cleave-net", "passt-keeper", "passt", "passt.avx2"]
+            .iter()
+            .flat_map(|name| processes(name, None))
+            .collect();
         if left.is_empty() {
             return Ok(());
         }
