@@ -6,6 +6,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -98,7 +99,7 @@ fn serve() -> Outcome<()> {
     thread::spawn(move || {
         let listen = || -> io::Result<TcpListener> {
             let world = fs::File::open("/run/netns/world")?;
-            move_into_link_name_space((&world).into(), Some(LinkNameSpaceType::Network))?;
+            move_into_link_name_space(world.as_fd(), Some(LinkNameSpaceType::Network))?;
             TcpListener::bind("192.0.2.1:80")
         };
         let listener = match listen() {

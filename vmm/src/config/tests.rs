@@ -75,7 +75,10 @@ fn a_file_that_is_wrong_is_refused_in_one_line() {
             "[[disk]]\npath = 'x'\nreadonly = 'perhaps'",
             "line 3: disk: readonly: 'perhaps' is neither true nor false",
         ),
-        ("disk = 'x'", "line 1: disk: 'x' is no list: begin each of them with a line [[...]]"),
+        (
+            "disk = 'x'",
+            "line 1: disk: 'x' is no list: write [...], or begin each of them with a line [[...]]",
+        ),
         ("disk = ['x']", "line 1: disk: 'x' is no table of keys"),
         ("cpus = 'abc'", "line 1: cpus: 'abc' is no valid number: it has to be a whole one"),
         ("cpus = -1", "line 1: cpus: -1 is no valid number: it is out of range"),
@@ -262,6 +265,20 @@ fn networks_are_told_apart_and_none_leaves_out_those_before() {
         let said = refusal(nets(texts));
         assert!(said.contains(reason), "{texts:?}: {said}");
     }
+}
+
+#[test]
+fn a_file_has_forwarded_ports_as_an_array() {
+    let net = file("[[net]]\nkind = 'user'\nhostfwd = ['tcp:2222:22', 'udp:1:2']\nhost = true").net;
+    assert_eq!(
+        net,
+        [options::parse("user,hostfwd=tcp:2222:22,hostfwd=udp:1:2,host=on", Some("kind")).unwrap()]
+    );
+    let refused = |text: &str| {
+        parse_file(&format!("[[net]]\nkind = 'user'\nhostfwd = {text}")).unwrap_err().to_string()
+    };
+    assert!(refused("['tcp:22']").starts_with("line 3: net: hostfwd: 'tcp:22' is no forwarded port"));
+    assert!(refused("'tcp:2222:22'").contains("is no list: write [...]"));
 }
 
 #[test]
