@@ -4,6 +4,7 @@
 //! and on the vhost-user socket.
 
 pub mod cli;
+pub mod control;
 pub mod cpus;
 pub mod exit;
 pub mod forward;

@@ -158,7 +158,8 @@ fn run(args: Args) -> Result<(), Failure> {
             .to_tap(TapSource::Inherited(all_open(&args.tap_fd, inherited)?), args.bridge.as_deref())?,
     };
     let endpoint = socket.open()?;
-    let sandbox = Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls };
+    let sandbox =
+        Sandbox { program: "cleave-net", mode, syscalls: sandbox::SYSCALLS, ioctls, ..Sandbox::default() };
     let confined = sandbox.enter(&endpoint)?;
     let poll = Duration::from_micros(args.poll_us.into());
     let options = NetOptions { mac, pairs, max_queue_size, poll, cpus: args.cpus };

@@ -6,6 +6,7 @@
 mod args;
 mod backend_channel;
 mod complaints;
+mod control;
 pub mod cpus;
 mod device;
 mod dirty_log;
@@ -23,6 +24,9 @@ mod vring;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json};
 pub use complaints::Complaints;
+pub use control::{
+    Control, ControlArgs, ControlServer, ControlSocket, ControlSocketError, CtlArgs, DaemonCommand,
+};
 pub use device::{Device, Stop};
 pub use memory::{GuestMemory, MemoryError};
 pub use polling::Polling;

@@ -17,12 +17,15 @@ mod landlock;
 mod lost_memory;
 mod seccomp;
 
+use std::path::Path;
+
 use clap::ValueEnum;
 use cleave_common::exit::Failure;
 use cleave_common::sandbox::{drop_memory_lock, report_violations};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{debug, warn};
 
+use crate::control::ControlSocket;
 use crate::footprint::Text;
 use crate::socket::Endpoint;
 pub(crate) use lost_memory::report_lost_memory;
@@ -55,7 +58,7 @@ impl From<SandboxError> for Failure {
 
 /// What a device needs beyond what every daemon does to serve.
 #[derive(Debug, Default)]
-pub struct Sandbox {
+pub struct Sandbox<'a> {
     /// Whose last words a violation's are: "cleave-block".
     pub program: &'static str,
     pub mode: SandboxMode,
@@ -63,6 +66,8 @@ pub struct Sandbox {
     pub syscalls: &'static [i64],
     /// Requests of ioctl.
     pub ioctls: &'static [u64],
+    /// A control socket, whose file is to be removed in the end.
+    pub control: Option<&'a ControlSocket>,
 }
 
 #[derive(Debug)]
@@ -80,7 +85,7 @@ pub struct Confined {
     pub(crate) text: Option<Text>,
 }
 
-impl Sandbox {
+impl Sandbox<'_> {
     /// Call it when all is open that is ever to be, and before the first thread.
     ///
     /// # Errors
@@ -94,12 +99,14 @@ impl Sandbox {
         }
         raise_memlock_limit();
         capabilities::drop_most().map_err(SandboxError::Capabilities)?;
-        if !landlock::restrict(endpoint.socket_file()).map_err(SandboxError::Landlock)? {
+        let control = self.control.map(ControlSocket::file);
+        let files: Vec<&Path> = endpoint.socket_file().into_iter().chain(control).collect();
+        if !landlock::restrict(&files).map_err(SandboxError::Landlock)? {
             warn!("this kernel has no Landlock: files are not out of reach");
         }
         let mut syscalls = self.syscalls.to_vec();
-        // To remove its socket at the end.
-        syscalls.extend(endpoint.socket_file().map(|_| libc::SYS_unlink));
+        // To remove its sockets at the end.
+        syscalls.extend(files.first().map(|_| libc::SYS_unlink));
         let allowed = Some(Allowed { syscalls, ioctls: self.ioctls });
         Ok(Confined { program: self.program, allowed, text })
     }

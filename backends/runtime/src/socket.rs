@@ -70,6 +70,11 @@ impl Listener {
         Ok(Self { socket, file: Some(file) })
     }
 
+    /// The file that is to be removed in the end.
+    pub(crate) fn file_path(&self) -> Option<&Path> {
+        self.file.as_ref().map(SocketFile::path)
+    }
+
     /// The next frontend, if one is there.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.socket.accept() {
@@ -91,11 +96,11 @@ impl AsFd for Listener {
 }
 
 impl Endpoint {
-    /// The file that is to be removed in the end.
+    /// As [`Listener::file_path`].
     pub(crate) fn socket_file(&self) -> Option<&Path> {
         match self {
-            Self::Listening(Listener { file: Some(file), .. }) => Some(file.path()),
-            _ => None,
+            Self::Listening(listener) => listener.file_path(),
+            Self::Connected(_) => None,
         }
     }
 

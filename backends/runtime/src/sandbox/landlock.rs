@@ -11,14 +11,14 @@ use landlock::{
 /// The newest that was looked at; older kernels do what they know of it.
 const KNOWN: ABI = ABI::V6;
 
-/// Leaves nothing but the removal of files beside `socket_file`. `false`: this kernel has no Landlock.
-pub(super) fn restrict(socket_file: Option<&Path>) -> Result<bool, Box<dyn Error + Send + Sync>> {
+/// Leaves nothing but the removal of files beside `socket_files`. `false`: this kernel has no Landlock.
+pub(super) fn restrict(socket_files: &[&Path]) -> Result<bool, Box<dyn Error + Send + Sync>> {
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))?
         .handle_access(AccessNet::from_all(KNOWN))?
         .scope(Scope::from_all(KNOWN))?
         .create()?;
-    if let Some(file) = socket_file {
+    for file in socket_files {
         let directory = PathFd::new(directory_of(file))?;
         ruleset = ruleset.add_rule(PathBeneath::new(directory, AccessFs::RemoveFile))?;
     }
