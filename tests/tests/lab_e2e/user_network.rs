@@ -216,11 +216,8 @@ fn ssh(rig: &Rig, vm: &mut Vm) -> Outcome<()> {
 }
 
 fn passts() -> Vec<u32> {
-    ["passt", "passt.avx2", LOADERS_NAME].iter().flat_map(|name| processes(name, None)).collect()
+    ["passt", "passt.avx2"].iter().flat_map(|name| processes(name, None)).collect()
 }
-
-/// What a program that its loader starts is called: the loader's name, cut.
-const LOADERS_NAME: &str = "ld-linux-x86-64";
 
 /// Kills a process, and waits until there is another one.
 fn kill(find: impl Fn() -> Vec<u32>) -> Outcome<()> {
