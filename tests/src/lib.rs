@@ -15,6 +15,7 @@ pub mod interruption;
 pub mod kernel;
 pub mod lab;
 pub mod network;
+pub mod passt;
 pub mod peers;
 pub mod qemu;
 pub mod survival;

@@ -11,6 +11,8 @@ mod pairs;
 mod pcap;
 mod program;
 mod switch;
+mod user;
+mod user_real;
 
 use std::time::Duration;
 

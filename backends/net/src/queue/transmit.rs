@@ -10,7 +10,6 @@ use std::io::{self, ErrorKind};
 use std::time::Instant;
 
 use cleave_runtime::{Chain, Command, Inbox, Polling, Vring};
-use rustix::event::epoll::EventFlags;
 
 use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
 use crate::buffers::GuestBuffers;
@@ -43,8 +42,8 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 /// What the thread of the transmit queue of `pair` waits by.
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
-    if let Some(fd) = shared.port.fd(pair) {
-        waiter.watch_port(fd, EventFlags::OUT)?;
+    if let Some((fd, room)) = shared.port.room(pair) {
+        waiter.watch_port(fd, room)?;
     }
     Ok(waiter)
 }
@@ -163,9 +162,14 @@ impl Transmitter<'_> {
 impl Work for Transmitter<'_> {
     fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
         let next = self.send_some(ring);
-        self.shared.port.flush(self.pair);
+        let flushed = self.shared.port.flush(self.pair);
         self.give_back(ring)?;
-        next
+        // Before what the port still has nothing can go.
+        if flushed.is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+            next.and(Ok(Next::Port))
+        } else {
+            next
+        }
     }
 
     fn end(&mut self, ring: &mut Ring) {
