@@ -1,6 +1,7 @@
 //! Rate limits of a disk, under the names and with the meaning that QEMU's `throttling.` options have; and of a network
-//! device, after their pattern.
+//! device, after their pattern; and the buckets that keep them.
 
+mod bucket;
 mod network;
 
 use std::fmt;
@@ -8,6 +9,7 @@ use std::fmt;
 use serde::Deserialize;
 
 use crate::size::ByteSize;
+pub use bucket::{Bucket, NANO};
 pub use network::{DirectionLimits, NetThrottleConfig};
 
 /// Upper bound of every rate, as in QEMU: sums of such numbers, in billionths, fit into 128 bits for years.

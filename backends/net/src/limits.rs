@@ -14,8 +14,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cleave_common::throttle::{DirectionLimits, NetThrottleConfig};
-use cleave_runtime::{Bucket, NANO};
+use cleave_common::throttle::{Bucket, DirectionLimits, NANO, NetThrottleConfig};
 
 /// Which way frames go, as the guest sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

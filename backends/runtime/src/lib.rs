@@ -5,7 +5,6 @@
 
 mod args;
 mod backend_channel;
-mod bucket;
 mod complaints;
 mod control;
 pub mod cpus;
@@ -26,7 +25,6 @@ mod vring;
 mod way;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json, claim_descriptors, print_capabilities};
-pub use bucket::{Bucket, NANO};
 pub use complaints::Complaints;
 pub use control::{
     Control, ControlArgs, ControlServer, ControlSocket, ControlSocketError, CtlArgs, DaemonCommand,

@@ -12,8 +12,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use cleave_common::throttle::ThrottleConfig;
-use cleave_runtime::{Bucket, NANO};
+use cleave_common::throttle::{Bucket, NANO, ThrottleConfig};
 
 /// Which way data goes. Discarding and writing zeroes count as writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

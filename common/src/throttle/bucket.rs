@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use cleave_common::throttle::Limit;
+use super::Limit;
 
 /// Levels are in billionths of a unit, so that a rate times nanoseconds is one.
 pub const NANO: u128 = 1_000_000_000;
