@@ -239,7 +239,7 @@ impl Device for Net {
         let link = if self.shared.link_is_up() { "up" } else { "down" };
         let port = self.shared.port.report().map(|report| format!("; {report}")).unwrap_or_default();
         let capture = self.shared.checkpoint.report().map(|words| format!("; {words}")).unwrap_or_default();
-        format!("the link is {link}; {}{port}{capture}", Total(&self.shared.counters))
+        format!("the link is {link}{port}; {}{capture}", Total(&self.shared.counters))
     }
 
     fn change_fd(&self) -> Option<BorrowedFd<'_>> {
