@@ -4,7 +4,8 @@
 //! [`parse`] and in a configuration file through its own format. Keys that are unknown, repeated or missing and
 //! values that do not fit are errors that name the key, say what it may be, and the nearest valid word.
 //!
-//! A comma inside a value is written twice (`path=a,,b` is the path `a,b`). A key with a dot is a key of a struct inside
+//! A comma inside a value is written twice (`path=a,,b` is the path `a,b`). A key of a list may be given several times
+//! (`hostfwd=a,hostfwd=b`); in a configuration file it is an array. A key with a dot is a key of a struct inside
 //! (`throttle.iops-total=100`); in a configuration file it is a table.
 
 use std::fmt;
@@ -12,7 +13,7 @@ use std::marker::PhantomData;
 use std::num::{IntErrorKind, ParseIntError};
 use std::str::FromStr;
 
-use serde::de::value::{MapAccessDeserializer, MapDeserializer};
+use serde::de::value::{MapAccessDeserializer, MapDeserializer, SeqDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, Visitor};
 use serde::forward_to_deserialize_any;
 
@@ -145,9 +146,20 @@ fn insert(pairs: &mut Vec<(String, Value)>, path: &str, word: Word) -> Result<()
             pairs.push((key.to_owned(), Value::Table(key.to_owned(), table)));
         }
         (Some(Value::Table(_, table)), Some(rest)) => insert(table, rest, word)?,
-        (Some(_), _) => return Err(OptionError(format!("'{}' is given twice", word.key))),
+        (Some(Value::Words(words)), None) => words.push(word),
+        (Some(known @ Value::Word(_)), None) => {
+            let Value::Word(first) = std::mem::replace(known, Value::Words(Vec::new())) else {
+                return Ok(());
+            };
+            *known = Value::Words(vec![first, word]);
+        }
+        (Some(_), _) => return Err(given_twice(&word.key)),
     }
     Ok(())
+}
+
+fn given_twice(key: &str) -> OptionError {
+    OptionError(format!("'{key}' is given twice"))
 }
 
 fn is_key(word: &str) -> bool {
@@ -181,6 +193,8 @@ fn split_commas(text: &str) -> Vec<String> {
 /// What a key is given.
 enum Value {
     Word(Word),
+    /// The key was given several times, which only a list's may be.
+    Words(Vec<Word>),
     /// With the key that leads to it.
     Table(String, Vec<(String, Value)>),
 }
@@ -267,6 +281,7 @@ macro_rules! by_kind {
         fn $method<V: Visitor<'de>>(self, $($arg: $ty,)* visitor: V) -> Result<V::Value, OptionError> {
             match self {
                 Self::Word(word) => word.$method($($arg,)* visitor),
+                Self::Words(words) => Err(given_twice(&words[0].key)),
                 Self::Table(key, table) => visitor
                     .visit_map(MapDeserializer::new(table.into_iter()))
                     .map_err(|error| error.within(&key)),
@@ -298,8 +313,17 @@ impl<'de> Deserializer<'de> for Value {
         visitor.visit_newtype_struct(self)
     }
 
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, OptionError> {
+        let words = match self {
+            Self::Word(word) => vec![word],
+            Self::Words(words) => words,
+            Self::Table(..) => return self.deserialize_any(visitor),
+        };
+        visitor.visit_seq(SeqDeserializer::new(words.into_iter()))
+    }
+
     forward_to_deserialize_any! {
-        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map identifier
+        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct tuple tuple_struct map identifier
         ignored_any
     }
 }

@@ -1,10 +1,16 @@
-//! Rate limits of a disk, under the names and with the meaning that QEMU's `throttling.` options have.
+//! Rate limits of a disk, under the names and with the meaning that QEMU's `throttling.` options have; and of a network
+//! device, after their pattern; and the buckets that keep them.
+
+mod bucket;
+mod network;
 
 use std::fmt;
 
 use serde::Deserialize;
 
 use crate::size::ByteSize;
+pub use bucket::{Bucket, NANO};
+pub use network::{DirectionLimits, NetThrottleConfig};
 
 /// Upper bound of every rate, as in QEMU: sums of such numbers, in billionths, fit into 128 bits for years.
 const MAX_RATE: u64 = 1_000_000_000_000_000;
@@ -127,7 +133,7 @@ impl ThrottleConfig {
 
     fn rows(&self) -> [Row; 6] {
         let bytes = |size: Option<ByteSize>| size.map(ByteSize::bytes);
-        let row = |name, rate, max, length| Row { name, rate, max, length };
+        let row = Row::new;
         [
             row("iops-total", self.iops_total, self.iops_total_max, self.iops_total_max_length),
             row("iops-read", self.iops_read, self.iops_read_max, self.iops_read_max_length),
@@ -140,6 +146,10 @@ impl ThrottleConfig {
 }
 
 impl Row {
+    fn new(name: &'static str, rate: Option<u64>, max: Option<u64>, length: Option<u64>) -> Self {
+        Self { name, rate, max, length }
+    }
+
     fn limit(&self) -> Option<Limit> {
         let rate = self.rate.filter(|rate| *rate != 0)?;
         let (burst_rate, burst_seconds) = (self.max.unwrap_or(0), self.length.unwrap_or(1));
@@ -169,19 +179,31 @@ impl Row {
 /// The text that reads back as the same limits.
 impl fmt::Display for ThrottleConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut separator = "";
-        let mut put = |f: &mut fmt::Formatter<'_>, key: fmt::Arguments<'_>, value: Option<u64>| {
-            let Some(value) = value else { return Ok(()) };
-            write!(f, "{separator}{key}={value}")?;
-            separator = ",";
-            Ok(())
-        };
-        for Row { name, rate, max, length } in self.rows() {
-            put(f, format_args!("{name}"), rate)?;
-            put(f, format_args!("{name}-max"), max)?;
-            put(f, format_args!("{name}-max-length"), length)?;
+        let mut text = Text::of(&self.rows());
+        text.put("iops-size", "", self.iops_size.map(ByteSize::bytes));
+        f.write_str(&text.0)
+    }
+}
+
+/// `key=value,key=value` for what is given.
+struct Text(String);
+
+impl Text {
+    fn of(rows: &[Row]) -> Self {
+        let mut text = Self(String::new());
+        for Row { name, rate, max, length } in rows {
+            text.put(name, "", *rate);
+            text.put(name, "-max", *max);
+            text.put(name, "-max-length", *length);
         }
-        put(f, format_args!("iops-size"), self.iops_size.map(ByteSize::bytes))
+        text
+    }
+
+    fn put(&mut self, key: &str, ending: &str, value: Option<u64>) {
+        if let Some(value) = value {
+            let separator = if self.0.is_empty() { "" } else { "," };
+            self.0 += &format!("{separator}{key}{ending}={value}");
+        }
     }
 }
 

@@ -30,7 +30,17 @@ pub struct Apt {
 impl Apt {
     /// Makes the configuration and fetches the package lists, unless recent ones are there.
     pub fn open(cache: &Cache) -> Result<Self> {
+        Self::with(cache, sources()?)
+    }
+
+    /// The same of another release, without backports.
+    pub fn of_release(cache: &Cache, release: &str) -> Result<Self> {
         let sources = sources()?;
+        let line = sources.lines().next().unwrap_or_default();
+        Self::with(cache, line.replace(RELEASE, release) + "\n")
+    }
+
+    fn with(cache: &Cache, sources: String) -> Result<Self> {
         let key = crate::cache::key(&[&sources, &half_days_since_1970().to_string(), "1"]);
         let directory = cache.entry("apt", &key, |place| {
             eprintln!("lab: fetching Debian's package lists");

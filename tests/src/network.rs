@@ -12,6 +12,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{MMsgHdr, SendAncillaryBuffer, SendFlags};
 use rustix::thread::UnshareFlags;
 
 /// Bytes of the header before each frame at a packet socket.
@@ -70,6 +71,21 @@ pub fn open_tap(name: &str, with_header: bool) -> io::Result<OwnedFd> {
     }
 }
 
+/// Has frames of `tap` pass with a header of 12 bytes, and unsummed and unsegmented where one side leaves that to the other.
+///
+/// # Errors
+/// It was opened without headers.
+pub fn offload_all(tap: &OwnedFd) -> io::Result<()> {
+    let len: libc::c_int = 12;
+    let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+    // SAFETY: TUNSETVNETHDRSZ reads an int, TUNSETOFFLOAD takes a number.
+    let failed = unsafe {
+        libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) != 0
+            || libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(tcp)) != 0
+    };
+    if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// A packet socket on one interface.
 pub struct Wire(OwnedFd);
 
@@ -113,6 +129,39 @@ impl Wire {
         let bytes = [header, frame].concat();
         rustix::io::write(&self.0, &bytes)?;
         Ok(())
+    }
+
+    /// Sends many at once, each behind its header, past the interface's queue; the interface drops what it has no room for.
+    /// Gives how many there were.
+    ///
+    /// # Errors
+    /// Nobody has the tap device open, or it is down.
+    pub fn send_all(&self, frames: &[&[u8]]) -> io::Result<usize> {
+        let slices: Vec<[io::IoSlice<'_>; 1]> =
+            frames.iter().map(|frame| [io::IoSlice::new(frame)]).collect();
+        let mut nothing: Vec<_> = slices.iter().map(|_| SendAncillaryBuffer::default()).collect();
+        let mut messages: Vec<MMsgHdr<'_>> =
+            slices.iter().zip(&mut nothing).map(|(slice, nothing)| MMsgHdr::new(slice, nothing)).collect();
+        Ok(rustix::net::sendmmsg(&self.0, &mut messages, SendFlags::empty())?)
+    }
+
+    /// Has what is sent go straight to the interface's driver.
+    ///
+    /// # Errors
+    /// The kernel is older than 3.14.
+    pub fn bypass_queue(&self) -> io::Result<()> {
+        let on: libc::c_int = 1;
+        // SAFETY: the option is an int, of that length.
+        let set = unsafe {
+            libc::setsockopt(
+                self.0.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_QDISC_BYPASS,
+                (&raw const on).cast(),
+                4,
+            )
+        };
+        if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     /// The next frame from there, with its header; those of the kernel's own are left out.

@@ -23,6 +23,7 @@ use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::logging;
 
 use cli::{Cli, Command, RunArgs};
+use config::NetDevice;
 use legacy::terminal;
 
 fn main() -> std::process::ExitCode {
@@ -51,7 +52,8 @@ fn main() -> std::process::ExitCode {
 fn run(arguments: RunArgs) -> Result<(), Failure> {
     let config = arguments.into_config()?;
     if config.sandbox {
-        sandbox::confine_process(terminal::restore).map_err(Failure::host)?;
+        let namespaces = config.nets.iter().any(NetDevice::is_user);
+        sandbox::confine_process(terminal::restore, namespaces).map_err(Failure::host)?;
     }
     if let Some(machine) = machine::build(&config)? {
         machine.run()?;

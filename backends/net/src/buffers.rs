@@ -96,16 +96,23 @@ impl GuestBuffers {
         let count = self.entries.len() as libc::c_int;
         // SAFETY: all entries but the last are guest memory that `self.memory` keeps mapped, and that nobody takes for
         // memory of Rust's; the last one is `spill`, borrowed for as long as this takes.
-        let read = unsafe { libc::readv(fd.as_raw_fd(), self.entries.as_ptr(), count) };
+        // Not the library's function: it would make this a place where the thread can be cancelled, with two atomic steps.
+        let read = unsafe { libc::syscall(libc::SYS_readv, fd.as_raw_fd(), self.entries.as_ptr(), count) };
         self.entries.pop();
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
 
     /// Writes all of them.
     pub(crate) fn writev(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let count = self.entries.len() as libc::c_int;
+        let fd = fd.as_raw_fd();
         // SAFETY: all entries are guest memory that `self.memory` keeps mapped.
-        let written = unsafe { libc::writev(fd.as_raw_fd(), self.entries.as_ptr(), count) };
+        let written = unsafe {
+            match &self.entries[..] {
+                // The kernel need not fetch a list, nor check it: most frames are in one piece.
+                [one] => libc::syscall(libc::SYS_write, fd, one.iov_base, one.iov_len),
+                all => libc::syscall(libc::SYS_writev, fd, all.as_ptr(), all.len() as libc::c_int),
+            }
+        };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 

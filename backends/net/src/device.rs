@@ -12,14 +12,17 @@ use std::time::Duration;
 use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::mac::MacAddress;
+use cleave_common::throttle::NetThrottleConfig;
 use cleave_common::virtio::DeviceType;
 use cleave_runtime::cpus::{self, CpusError};
 use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use tracing::Span;
 
+use crate::checkpoint::Checkpoint;
 use crate::config_space::feature;
 use crate::counters::Total;
+use crate::pcap::{Capture, Output};
 use crate::port::Port;
 use crate::queue::{Waiter, control, receive, transmit};
 use crate::shared::Shared;
@@ -55,6 +58,9 @@ pub(crate) struct NetOptions {
     pub(crate) poll: Duration,
     /// Where the queues' threads run, if not anywhere.
     pub(crate) cpus: Option<CpuList>,
+    pub(crate) throttle: NetThrottleConfig,
+    /// Where frames are captured, and how much of each.
+    pub(crate) capture: Option<(Output, u32)>,
 }
 
 /// What a queue is for.
@@ -77,8 +83,10 @@ pub(crate) struct Net {
 
 impl Net {
     pub(crate) fn new(port: Arc<dyn Port>, options: NetOptions) -> Result<Self, NetError> {
-        let NetOptions { mac, pairs, max_queue_size, poll, cpus } = options;
-        let shared = Arc::new(Shared::new(port, mac, pairs, poll)?);
+        let NetOptions { mac, pairs, max_queue_size, poll, cpus, throttle, capture } = options;
+        let capture = capture.map(|(output, snaplen)| Capture::start(output, snaplen)).transpose()?;
+        let checkpoint = Checkpoint::new(&throttle, capture);
+        let shared = Arc::new(Shared::new(port, mac, pairs, poll, checkpoint)?);
         let mut threads = Vec::new();
         for pair in 0..pairs {
             threads.push(spawn(&shared, Role::Receive(pair), cpus.clone())?);
@@ -230,7 +238,8 @@ impl Device for Net {
         // Not the port's word: asking it takes away what says that the link has changed.
         let link = if self.shared.link_is_up() { "up" } else { "down" };
         let port = self.shared.port.report().map(|report| format!("; {report}")).unwrap_or_default();
-        format!("the link is {link}; {}{port}", Total(&self.shared.counters))
+        let capture = self.shared.checkpoint.report().map(|words| format!("; {words}")).unwrap_or_default();
+        format!("the link is {link}{port}; {}{capture}", Total(&self.shared.counters))
     }
 
     fn change_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -1,8 +1,11 @@
-//! Where frames go to and come from: a tap device, a switch. Whatever has frames with a virtio-net header can be one.
+//! Where frames go to and come from: a tap device, a switch, passt. Whatever has frames can be one that makes and reads the
+//! guest's header.
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
+
+use rustix::event::epoll::EventFlags;
 
 use crate::buffers::GuestBuffers;
 use crate::switch::inlet::Inlet;
@@ -37,6 +40,11 @@ pub(crate) trait Port: Debug + Send + Sync {
         None
     }
 
+    /// What to wait for when pair `pair` has had no room: [`Port::fd`], to be writable, unless that is another one.
+    fn room(&self, pair: u16) -> Option<(BorrowedFd<'_>, EventFlags)> {
+        self.fd(pair).map(|fd| (fd, EventFlags::OUT))
+    }
+
     /// Takes the next frame, behind its header, into `buffers`, and what does not fit there into `spill`. Gives the bytes.
     ///
     /// # Errors
@@ -49,14 +57,13 @@ pub(crate) trait Port: Debug + Send + Sync {
     /// `WouldBlock` when there is no room now; others concern this frame, unless [`Port::is_gone`].
     fn send(&self, pair: u16, frame: &GuestBuffers) -> io::Result<()>;
 
-    /// Frames have been sent on `pair`, and the next ones may take a while.
-    fn flush(&self, pair: u16) {
+    /// Has all that [`Port::send`] took go out, where it may keep frames, or the rest of one: the next ones may take a while.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is no room now: wait for some.
+    fn flush(&self, pair: u16) -> io::Result<()> {
         let _ = pair;
-    }
-
-    /// What there is to say of it to a person, if anything.
-    fn report(&self) -> Option<String> {
-        None
+        Ok(())
     }
 
     /// Whether it is no more, and will not come back to this process.
@@ -67,4 +74,9 @@ pub(crate) trait Port: Debug + Send + Sync {
 
     /// See [`Port::link_is_up`]; `None` if it is always up.
     fn link_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// How it is, for an administrator, where there is more to say than the link.
+    fn report(&self) -> Option<String> {
+        None
+    }
 }

@@ -52,6 +52,8 @@ pub(crate) enum Next {
     Driver,
     /// The port, to have a frame or to take one.
     Port,
+    /// This moment: a rate limit lets nothing pass before.
+    At(Instant),
 }
 
 /// What a queue is for.
@@ -135,6 +137,7 @@ impl Server<'_> {
             let next = if ring.serves() { self.turn(&mut ring, work) } else { Next::Port };
             let ready = match next {
                 Next::Again => self.waiter.poll(),
+                Next::At(moment) => self.waiter.wait_until(moment),
                 Next::Driver | Next::Port => self.rest(&mut ring, next),
             };
             let ready = ready.unwrap_or_else(|error| give_up("waiting for events failed", &error));

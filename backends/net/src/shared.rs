@@ -23,6 +23,7 @@ use cleave_common::mac::MacAddress;
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::{debug, warn};
 
+use crate::checkpoint::Checkpoint;
 use crate::config_space::{ConfigSpace, feature};
 use crate::control::{CommandError, Settings};
 use crate::counters::PairCounters;
@@ -37,6 +38,7 @@ pub(crate) struct Shared {
     pub(crate) counters: Vec<PairCounters>,
     /// How long a queue's thread may look for work before it sleeps.
     pub(crate) poll: Duration,
+    pub(crate) checkpoint: Checkpoint,
     state: Mutex<State>,
     /// Moves on when the filter changes.
     filter_version: AtomicU64,
@@ -76,6 +78,7 @@ impl Shared {
         mac: MacAddress,
         max_pairs: u16,
         poll: Duration,
+        checkpoint: Checkpoint,
     ) -> io::Result<Self> {
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let state = State {
@@ -95,6 +98,7 @@ impl Shared {
             max_pairs,
             counters: (0..max_pairs).map(|_| PairCounters::default()).collect(),
             poll,
+            checkpoint,
             state: Mutex::new(state),
             filter_version: AtomicU64::new(0),
             changed: event()?,

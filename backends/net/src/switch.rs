@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use options::SwitchArgs;
 pub(crate) use port::SwitchPort;
-pub(crate) use start::{Common, refuse, serve};
+pub(crate) use start::{Common, refuse, refuse_for_now, serve};
 
 use crate::config_space::feature;
 use frame::Frame;

@@ -8,14 +8,11 @@
 //! Invariants: units leave a bucket at its rate and enter when a request goes, so that in any span no more than
 //! `rate * span` and what the bucket holds pass; requests of a queue and direction go in their order, and queues that
 //! wait take turns, so that none starves another.
-//!
-//! A bucket without a burst holds a tenth of a second's units: short bursts, which every guest makes, are not torn apart.
-//! One with a burst holds all that the burst may move, and a second one limits the burst's own rate.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use cleave_common::throttle::{Limit, ThrottleConfig};
+use cleave_common::throttle::{Bucket, NANO, ThrottleConfig};
 
 /// Which way data goes. Discarding and writing zeroes count as writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,48 +132,6 @@ impl Throttle {
             return NANO;
         }
         u128::from(bytes) * NANO / u128::from(self.iops_size)
-    }
-}
-
-/// Levels are in billionths of a unit, so that a rate times nanoseconds is one.
-const NANO: u128 = 1_000_000_000;
-
-#[derive(Debug)]
-struct Bucket {
-    limit: Limit,
-    level: u128,
-    /// Of what limits the burst.
-    burst_level: u128,
-    /// When the levels were these.
-    at: Duration,
-}
-
-impl Bucket {
-    fn new(limit: Limit) -> Self {
-        Self { limit, level: 0, burst_level: 0, at: Duration::ZERO }
-    }
-
-    /// Nanoseconds from `now` until a request may go.
-    fn wait(&mut self, now: Duration) -> u128 {
-        let passed = now.saturating_sub(self.at).as_nanos();
-        self.at = self.at.max(now);
-        let (rate, burst) = (u128::from(self.limit.rate), u128::from(self.limit.burst_rate));
-        self.level = self.level.saturating_sub(rate.saturating_mul(passed));
-        self.burst_level = self.burst_level.saturating_sub(burst.saturating_mul(passed));
-        if burst == 0 {
-            return self.level.saturating_sub(rate * NANO / 10).div_ceil(rate);
-        }
-        let capacity = (burst * NANO).saturating_mul(self.limit.burst_seconds.into());
-        let wait = self.level.saturating_sub(capacity).div_ceil(rate);
-        if self.limit.burst_seconds == 1 {
-            return wait;
-        }
-        wait.max(self.burst_level.saturating_sub(burst * NANO / 10).div_ceil(burst))
-    }
-
-    fn fill(&mut self, units: u128) {
-        self.level = self.level.saturating_add(units);
-        self.burst_level = self.burst_level.saturating_add(units);
     }
 }
 

@@ -114,3 +114,28 @@ proptest! {
         prop_assert_eq!(disk(&text).unwrap().path, PathBuf::from(path));
     }
 }
+
+#[test]
+fn a_list_takes_its_key_several_times_and_nothing_else_does() {
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Lists {
+        #[serde(default)]
+        port: Vec<u16>,
+        name: Option<String>,
+        #[serde(default)]
+        limits: Limits,
+    }
+    let lists = |text: &str| parse::<Lists>(text, None).map_err(|error| error.to_string());
+    let ports = |text: &str| lists(text).map(|lists| lists.port);
+    assert_eq!(ports("name=a"), Ok(vec![]));
+    assert_eq!(ports("port=1,name=a"), Ok(vec![1]));
+    assert_eq!(ports("port=1,name=a,port=2,port=3"), Ok(vec![1, 2, 3]));
+    assert_eq!(ports("port=1,port=x"), Err("port: 'x' is no valid number".to_owned()));
+    assert_eq!(ports("port"), Err("'port' needs a value: port=N".to_owned()));
+    assert_eq!(ports("name=a,name=b"), Err("'name' is given twice".to_owned()));
+    assert_eq!(ports("limits=a,limits=b"), Err("'limits' is given twice".to_owned()));
+    assert_eq!(ports("limits.rate=1,limits=b"), Err("'limits' is given twice".to_owned()));
+    assert_eq!(ports("port=1,port.x=2"), Err("'port.x' is given twice".to_owned()));
+    assert!(ports("port.x=2").is_err());
+}

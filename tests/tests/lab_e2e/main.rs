@@ -19,6 +19,7 @@ mod scsi;
 mod survival;
 mod switch;
 mod uarts;
+mod user_network;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -33,6 +34,7 @@ use cleave_tests::error::{Error, Result};
 use cleave_tests::guest::{self, Debian};
 use cleave_tests::kernel::Kernel;
 use cleave_tests::lab::{Disk, Job, Lab, binaries};
+use cleave_tests::passt;
 use cleave_tests::peers;
 use cleave_tests::vm::Outcome;
 use libtest_mimic::{Arguments, Trial};
@@ -48,6 +50,7 @@ const GROUPS: &[&str] = &[
     "balloon::",
     "debian::",
     "network::",
+    "user_network::",
     "memory::",
     "control::",
     "scsi::",
@@ -83,6 +86,7 @@ fn cases() -> Vec<Case> {
         console::CASES,
         balloon::CASES,
         switch::CASES,
+        user_network::CASES,
     ]
     .concat()
 }
@@ -138,6 +142,7 @@ fn in_the_lab() -> Result<i32> {
     guest::initramfs(&cache)?;
     peers::rng_daemon(&cache)?;
     peers::qmp_client(&cache)?;
+    passt::newer(&cache)?;
     let debian = Debian::open(&cache)?;
     let swap = blank_disk(&cache)?;
     let this = std::env::current_exe()

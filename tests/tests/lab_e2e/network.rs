@@ -3,15 +3,18 @@
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::rig::{BOOT, Rig, SOON, nothing_left_behind, processes, says};
+use cleave_tests::cache::Cache;
+use cleave_tests::tools::Tools;
 use cleave_tests::vm::{Outcome, Vm};
 
 pub const CASES: &[crate::Case] = &[
     ("network::tcp_goes_on_while_the_daemon_is_killed_10_times", tcp),
+    ("network::a_debian_gets_its_address_a_file_and_all_its_queues", whole),
     ("network::a_tap_device_that_cannot_be_had_is_the_daemons_word", refused),
 ];
 
@@ -181,6 +184,164 @@ fn daemon_of(vm: &Vm, not: Option<u32>) -> Outcome<u32> {
             _ => thread::sleep(Duration::from_millis(5)),
         }
     }
+}
+
+/// A program of the lab's own network, ended with this.
+struct Server(Child);
+
+impl Server {
+    fn start(name: &str, words: &[&str]) -> Outcome<Self> {
+        let tools = Cache::open().and_then(|cache| Tools::open(&cache)).map_err(|error| error.to_string())?;
+        let mut command = tools.command(name);
+        command.args(words).stdin(Stdio::null()).stdout(Stdio::null());
+        command.spawn().map(Self).map_err(|error| format!("{name}: {error}"))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Answers each request with the same file, until the machine is over.
+fn serve_http(listener: TcpListener, content: Vec<u8>) {
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request);
+            let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", content.len());
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&content));
+        }
+    });
+}
+
+/// Types a command, and gives what it said until it ended well.
+fn ask(vm: &mut Vm, command: &str, within: Duration) -> Outcome<String> {
+    vm.send(&format!("{{ {command}; }} && echo DONE-$((6 * 7)) || echo FAILED-$((6 * 7))"))?;
+    let said = vm.expect("-42", within)?;
+    if said.ends_with("DONE-42") { Ok(said) } else { Err(format!("{command} failed:\n{said}")) }
+}
+
+/// Four vCPUs, four pairs of queues, and an address from dnsmasq.
+fn whole(rig: &Rig) -> Outcome<()> {
+    let _bridge = Bridge::make()?;
+    let _dhcp = Server::start(
+        "dnsmasq",
+        &[
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--port=0",
+            "--interface=br0",
+            "--bind-interfaces",
+            "--dhcp-range=10.78.0.50,10.78.0.60,1h",
+            "--dhcp-leasefile=/run/dnsmasq.leases",
+            "--pid-file=/run/dnsmasq.pid",
+            "--user=root",
+        ],
+    )?;
+    let failed = |error: io::Error| format!("listen: {error}");
+    let listener = TcpListener::bind((HOST, 0)).map_err(failed)?;
+    let port = listener.local_addr().map_err(failed)?.port();
+    serve_http(listener, content()[..4 << 20].to_vec());
+    let _iperf = Server::start("iperf3", &["--server", "--bind", HOST])?;
+    let disk = std::env::var_os("LAB_DISK0").map(PathBuf::from).ok_or("there is no disk in $LAB_DISK0")?;
+    let mut command = rig.cleave(["run", "--kernel"]);
+    command.arg(&rig.debian.kernel).arg("--initrd").arg(&rig.debian.initrd);
+    command.args(["--append", "console=ttyS0 root=/dev/vda quiet cleave.net=dhcp"]);
+    command.args(["--cpus", "4", "--memory", "768M", "--disk", &disk.display().to_string()]);
+    command.args(["--net", "tap=tap0,bridge=br0,queues=4"]);
+    let mut vm = Vm::start(&mut command)?;
+    vm.expect("cleave-guest login:", SYSTEMD_BOOT)?;
+    vm.send("root")?;
+    vm.expect("root@cleave-guest:~#", SYSTEMD_BOOT)?;
+    ask(&mut vm, "n=$(ls /sys/bus/virtio/drivers/virtio_net/virtio*/net)", SOON)?;
+    let said = ask(&mut vm, "systemctl is-active cleave-network; ip -4 -o address show $n", SOON)?;
+    says(&said, "inet 10.78.0.5")?;
+    let sum = format!("curl -sSf http://{HOST}:{port}/file | sha256sum");
+    says(&ask(&mut vm, &sum, TRANSFER)?, &sha256(&content()[..4 << 20])?)?;
+    offloads_are_on(&ask(&mut vm, "ethtool -k $n", SOON)?)?;
+    for pairs in [4, 2] {
+        ask(&mut vm, &format!("ethtool -L $n combined {pairs} || [ $? = 80 ]"), SOON)?;
+        traffic(&mut vm, pairs)?;
+    }
+    vm.send("systemctl poweroff")?;
+    vm.finish(SYSTEMD_BOOT)?;
+    nothing_left_behind()
+}
+
+fn offloads_are_on(said: &str) -> Outcome<()> {
+    for words in [
+        "rx-checksumming: on",
+        "tx-checksumming: on",
+        "scatter-gather: on",
+        "tcp-segmentation-offload: on",
+        "tx-tcp-segmentation: on",
+        "tx-tcp6-segmentation: on",
+    ] {
+        says(said, words)?;
+    }
+    Ok(())
+}
+
+/// Interrupts of each queue so far, by the queue's name.
+fn interrupts(vm: &mut Vm) -> Outcome<Vec<(String, u64)>> {
+    let said = ask(vm, "grep -E 'virtio[0-9]+-(in|out)put' /proc/interrupts", SOON)?;
+    let counts = said.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        words.next().filter(|number| number.ends_with(':'))?;
+        let name = line.split_whitespace().last()?.to_owned();
+        Some((name, words.map_while(|word| word.parse::<u64>().ok()).sum()))
+    });
+    Ok(counts.collect())
+}
+
+/// How long an interval of iperf3's was: `[SUM]   4.37-4.52   sec ...`.
+fn seconds(line: &str) -> f64 {
+    let interval = line.split_whitespace().find_map(|word| word.split_once('-'));
+    let ends = interval.and_then(|(from, to)| Some((from.parse::<f64>().ok()?, to.parse::<f64>().ok()?)));
+    ends.map_or(0.0, |(from, to)| to - from)
+}
+
+/// iperf3 with eight streams in both directions and a flood of pings: nothing stalls, and the queues that are to be in use are.
+fn traffic(vm: &mut Vm, pairs: usize) -> Outcome<()> {
+    let before = interrupts(vm)?;
+    for reverse in ["", "--reverse"] {
+        let command = format!("iperf3 --client {HOST} --time 6 --parallel 8 --format m {reverse} | grep SUM");
+        let said = ask(vm, &command, TRANSFER)?;
+        let rates: Vec<&str> = said.lines().filter(|line| line.contains("bits/sec")).collect();
+        // Where eight streams share one emulated CPU, an interval may be over before anybody had a turn.
+        let stalls = rates.iter().filter(|line| line.contains(" 0.00 Mbits/sec") && seconds(line) > 2.0);
+        if !rates.last().is_some_and(|line| line.contains("receiver")) || stalls.count() > 0 {
+            return Err(format!("iperf3 {reverse} stalled:\n{said}"));
+        }
+        let last = rates.last().unwrap_or(&"").trim();
+        eprintln!("{pairs} pairs of queues, iperf3 {reverse}: {last}");
+    }
+    let said = ask(vm, &format!("ping -f -q -c 2000 {HOST}"), TRANSFER)?;
+    says(&said, "2000 packets transmitted, 2000 received, 0% packet loss")?;
+    let after = interrupts(vm)?;
+    let used = before
+        .iter()
+        .zip(&after)
+        .filter(|((name, before), (_, after))| name.contains("input") && after > before);
+    let used: Vec<&str> = used.map(|((name, _), _)| name.as_str()).collect();
+    if used.len() != pairs {
+        return Err(format!("{pairs} pairs of queues are to be in use, but these are: {used:?} ({after:?})"));
+    }
+    Ok(())
+}
+
+fn sha256(bytes: &[u8]) -> Outcome<String> {
+    let failed = |error: io::Error| format!("sha256sum: {error}");
+    let mut child =
+        Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(failed)?;
+    if let Some(mut input) = child.stdin.take() {
+        input.write_all(bytes).map_err(failed)?;
+    }
+    let output = child.wait_with_output().map_err(failed)?;
+    Ok(String::from_utf8_lossy(&output.stdout).split(' ').next().unwrap_or_default().to_owned())
 }
 
 fn refused(rig: &Rig) -> Outcome<()> {

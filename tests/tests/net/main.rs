@@ -6,9 +6,13 @@ mod control;
 mod frames;
 mod hostile;
 mod kill;
+mod limits;
 mod pairs;
+mod pcap;
 mod program;
 mod switch;
+mod user;
+mod user_real;
 
 use std::time::Duration;
 

@@ -40,6 +40,9 @@ Examples:
   The same on a network, its tap device made for it on the bridge br0 (as root):
     cleave run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda console=ttyS0' \\
         --disk debian.raw --net tap=tap0,bridge=br0,mac=52:54:00:12:34:56
+  Without any privilege, the guest's ssh at this host's port 2222 (by passt):
+    cleave run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda console=ttyS0' \\
+        --disk debian.raw --net user,hostfwd=tcp:2222:22
   A disk and a random number generator served by daemons that someone else runs:
     cleave run --kernel vmlinuz --device type=block,socket=/run/disk.sock \\
         --device type=rng,socket=/run/rng.sock,wait=2min
@@ -153,12 +156,21 @@ pub struct RunArgs {
 
     /// Add a network device, on a tap device by a cleave-net that is started for it:
     /// tap=NAME[,bridge=NAME][,mac=ADDRESS][,mtu=BYTES][,queues=N][,poll-us=N][,cpus=LIST][,id=NAME]
-    /// [,restart=always|on-failure|never][,restart-limit=N];
+    /// [,throttle.KEY=N...][,pcap=PATH[,pcap-snaplen=BYTES]][,restart=always|on-failure|never][,restart-limit=N];
+    /// without privilege, by passt: user[,hostfwd=tcp|udp:[ADDRESS:]PORT:PORT]...[,host=on][,direct=on] and mac=, mtu=,
+    /// poll-us=, cpus=, throttle., pcap=, id=, restart= as above;
     /// or by a daemon that someone else runs: socket=PATH[,wait=30s][,queues=N][,id=NAME]; or none [default: none]
+    ///
+    /// user takes the program passt (Debian's package) and nothing else: the guest gets an address by DHCP and goes where
+    /// this user's programs go. hostfwd=tcp:2222:22, which may be given many times, has this host's port 2222 lead to the
+    /// guest's 22; it is listened on at 127.0.0.1 unless it names an address. host=on lets the guest reach this host's own
+    /// services at its gateway's address. direct=on leaves out cleave-net where passt can do without (--vhost-user).
     ///
     /// The tap device is opened if there is one of that name, else made (that takes CAP_NET_ADMIN) and removed in the end.
     /// bridge= makes it a port of that bridge. mac= is the guest's address; one that follows from this host and the tap's
-    /// name unless given. queues= is the number of pairs of queues, 1 unless given. A daemon that ends is started again,
+    /// name unless given. queues= is the number of pairs of queues, 1 unless given. throttle.bps-rx=, throttle.pps-tx= and so on
+    /// limit what the guest receives and sends, and pcap= has all frames written to a file or a pipe: 'cleave-net --help' says
+    /// more. A daemon that ends is started again,
     /// as with --disk. none leaves out those that the configuration file asks for.
     #[arg(long, value_name = "KEYS|none", value_parser = |text: &str| options::parse::<NetConfig>(text, Some("kind")))]
     net: Vec<NetConfig>,

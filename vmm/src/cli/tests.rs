@@ -53,7 +53,11 @@ fn a_mistake_is_one_line_that_names_the_nearest_word() {
             &["--disk", "x,throttle.bps_total=5"],
             "throttle: unknown key 'bps_total' (did you mean 'bps-total'?)",
         ),
-        (&["--net", "non"], "'non' is not one of: none (did you mean 'none'?)"),
+        (&["--net", "non"], "'non' is not one of: none, user (did you mean 'none'?)"),
+        (
+            &["--net", "user,hostfwd=tcp:22"],
+            "hostfwd: 'tcp:22' is no forwarded port: there have to be two ports",
+        ),
         (&["--net", "tpa=tap0"], "did you mean 'tap'?"),
         (&["--net", "tap=a,mac=52:54"], "mac: '52:54' is no Ethernet address"),
         (&["--device", "type=rng"], "'socket=' is missing"),

@@ -228,7 +228,7 @@ impl<'de> Deserializer<'de> for Node<'_> {
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, FileError> {
         match self.value {
             DeValue::Array(values) => visitor.visit_seq(Elements { text: self.text, rest: values.iter() }),
-            _ => Err(self.refuse("is no list: begin each of them with a line [[...]]")),
+            _ => Err(self.refuse("is no list: write [...], or begin each of them with a line [[...]]")),
         }
     }
 

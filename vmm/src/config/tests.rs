@@ -75,7 +75,10 @@ fn a_file_that_is_wrong_is_refused_in_one_line() {
             "[[disk]]\npath = 'x'\nreadonly = 'perhaps'",
             "line 3: disk: readonly: 'perhaps' is neither true nor false",
         ),
-        ("disk = 'x'", "line 1: disk: 'x' is no list: begin each of them with a line [[...]]"),
+        (
+            "disk = 'x'",
+            "line 1: disk: 'x' is no list: write [...], or begin each of them with a line [[...]]",
+        ),
         ("disk = ['x']", "line 1: disk: 'x' is no table of keys"),
         ("cpus = 'abc'", "line 1: cpus: 'abc' is no valid number: it has to be a whole one"),
         ("cpus = -1", "line 1: cpus: -1 is no valid number: it is out of range"),
@@ -269,11 +272,29 @@ fn networks_are_told_apart_and_none_leaves_out_those_before() {
         nets(texts).validate().unwrap().nets.into_iter().map(|net| net.name).collect()
     };
     assert_eq!(names(&["tap=a", "socket=/s", "tap=b,id=lan"]), ["net0", "net1", "lan"]);
+    assert_eq!(names(&["user", "user,hostfwd=tcp:1:2,hostfwd=udp:3:4,direct,id=x"]), ["net0", "x"]);
     assert_eq!(names(&["tap=a", "none"]), [""; 0]);
     assert_eq!(names(&["tap=a", "none", "tap=a"]), ["net0"]);
     for (texts, reason) in [
-        (&["queues=2"][..], "tap=NAME, socket=PATH, none"),
-        (&["tap=a,socket=/s"], "tap=NAME, socket=PATH, none"),
+        (&["queues=2"][..], "tap=NAME, user, socket=PATH, none"),
+        (&["tap=a,socket=/s"], "tap=NAME, user, socket=PATH, none"),
+        (&["user,tap=a"], "it takes one of"),
+        (&["user,socket=/s"], "it takes one of"),
+        (&["none,hostfwd=tcp:1:2"], "'none' stands alone"),
+        (&["tap=a,hostfwd=tcp:1:2"], "hostfwd= goes with user"),
+        (&["socket=/s,host=on"], "host= goes with user"),
+        (&["tap=a,direct=off"], "direct= goes with user"),
+        (&["user,bridge=br0"], "bridge= does not go with user"),
+        (&["user,queues=1"], "queues= does not go with user"),
+        (&["user,wait=3s"], "wait= is for"),
+        (&["user,mtu=65521"], "with user it is 68 to 65520"),
+        (&["user,direct=on,mac=52:54:00:12:34:56"], "mac= does not go with direct=on"),
+        (&["user,direct=on,cpus=1"], "cpus= does not go with direct=on"),
+        (&["user,direct=on,throttle.bps-rx=5"], "throttle= does not go with direct=on"),
+        (&["user,direct=on,pcap=/a"], "pcap= does not go with direct=on"),
+        (&["user,pcap-snaplen=96"], "pcap-snaplen=96"),
+        (&["user,restart=never,restart-limit=2"], "leave one of them out"),
+        (&["user,id=x", "user,direct=on,id=x"], "two devices are named 'x'"),
         (&["none,tap=a"], "'none' stands alone"),
         (&["tap=a,queues=0"], "1 to 64 pairs"),
         (&["tap=a,queues=65"], "1 to 64 pairs"),
@@ -287,6 +308,9 @@ fn networks_are_told_apart_and_none_leaves_out_those_before() {
         (&["socket=/s,mac=52:54:00:12:34:56"], "mac= is for a daemon that cleave starts"),
         (&["tap=a,restart=never,restart-limit=2"], "leave one of them out"),
         (&["socket="], "--net socket=: the path is empty"),
+        (&["tap=a,throttle.bps-rx-max=5"], "throttle: bps-rx-max needs a rate"),
+        (&["tap=a,pcap-snaplen=96"], "pcap-snaplen=96"),
+        (&["socket=/s,throttle.bps-rx=5"], "throttle= is for a daemon that cleave starts"),
         (&["tap=a", "tap=a,id=b"], "the tap device a is given twice"),
         (&["tap=a,id=x", "tap=b,id=x"], "two devices are named 'x'"),
         (&["tap=a,id=-"], "1 to 32 letters"),
@@ -294,6 +318,20 @@ fn networks_are_told_apart_and_none_leaves_out_those_before() {
         let said = refusal(nets(texts));
         assert!(said.contains(reason), "{texts:?}: {said}");
     }
+}
+
+#[test]
+fn a_file_has_forwarded_ports_as_an_array() {
+    let net = file("[[net]]\nkind = 'user'\nhostfwd = ['tcp:2222:22', 'udp:1:2']\nhost = true").net;
+    assert_eq!(
+        net,
+        [options::parse("user,hostfwd=tcp:2222:22,hostfwd=udp:1:2,host=on", Some("kind")).unwrap()]
+    );
+    let refused = |text: &str| {
+        parse_file(&format!("[[net]]\nkind = 'user'\nhostfwd = {text}")).unwrap_err().to_string()
+    };
+    assert!(refused("['tcp:22']").starts_with("line 3: net: hostfwd: 'tcp:22' is no forwarded port"));
+    assert!(refused("'tcp:2222:22'").contains("is no list: write [...]"));
 }
 
 #[test]

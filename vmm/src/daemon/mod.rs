@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ use rustix::process::{
 };
 
 use crate::config::ConsoleDevice;
-use crate::plan::{DaemonSpec, Terminal};
+use crate::plan::{DaemonSpec, Need, Terminal};
 
 mod policy;
 mod spawner;
@@ -58,6 +58,8 @@ pub enum DaemonError {
     NotFound { program: String, beside: PathBuf },
     #[error("cannot start {} for {device}", path.display())]
     Start { path: PathBuf, device: String, source: io::Error },
+    #[error("{device}: {lack}")]
+    Lacks { device: String, lack: String },
     #[error("cannot prepare descriptors for {program} ({device})")]
     Prepare { program: String, device: String, source: io::Error },
 }
@@ -164,6 +166,31 @@ pub fn spawn(spec: &DaemonSpec, state: Option<&OwnedFd>) -> Result<(Daemon, Unix
         abandoned: false,
     };
     Ok((daemon, ours))
+}
+
+/// Refuses a program that cannot do what it is to be started for, by its own word.
+///
+/// # Errors
+/// When it is not found, or does not list what it has to know.
+pub fn check(spec: &DaemonSpec) -> Result<(), DaemonError> {
+    let Some(needs) = spec.needs else { return Ok(()) };
+    let path = find(&spec.program)?;
+    let words = ask(&path, "--help");
+    if words.split([' ', '\t', '\n', ',', '=']).any(|word| word == needs.option) {
+        return Ok(());
+    }
+    let version = ask(&path, "--version");
+    let version = version.lines().next().unwrap_or("nobody knows which").trim();
+    let Need { option, advice } = needs;
+    let lack = format!("{} does not know {option} (it is '{version}'): {advice}", path.display());
+    Err(DaemonError::Lacks { device: spec.device.clone(), lack })
+}
+
+/// What a program answers to `option`, wherever it writes that.
+fn ask(path: &Path, option: &str) -> String {
+    let answer = Command::new(path).arg(option).stdin(Stdio::null()).output();
+    let answer = answer.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 fn die_with_us(command: &mut Command) {

@@ -16,6 +16,7 @@ fn spec(program: &str, device: &str, args: Vec<std::ffi::OsString>) -> DaemonSpe
         io_timeout: None,
         terminal: Terminal::None,
         keeps_state: false,
+        needs: None,
     }
 }
 
@@ -146,4 +147,25 @@ fn what_one_keeps_its_successor_finds() {
     let (_daemon, socket) = spawn(&second, state.as_ref()).unwrap();
     assert_eq!(said(socket), "kept --state-fd=4\n");
     assert!(state_file(&spec("sh", "disk0", Vec::new())).unwrap().is_none());
+}
+
+#[test]
+fn a_program_that_cannot_do_what_it_is_for_is_refused_with_its_version() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("old");
+    let script = "#!/bin/sh\ncase $1 in --help) echo '  --fd N'; echo '  --vhost-users' >&2; exit 1 ;;\n\
+                  --version) echo 'old 2023_03_09'; echo more ;; esac\n";
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let needs = |option| {
+        let needs = Some(crate::plan::Need { option, advice: "install a newer one" });
+        DaemonSpec { needs, ..spec(program.to_str().unwrap(), "net0", Vec::new()) }
+    };
+    assert!(check(&needs("--fd")).is_ok());
+    let said = check(&needs("--vhost-user")).unwrap_err().to_string();
+    let expected =
+        "net0: this passt does not know --vhost-user".replace("this passt", &program.display().to_string());
+    assert_eq!(said, format!("{expected} (it is 'old 2023_03_09'): install a newer one"));
+    let missing = DaemonSpec { program: "cleave-nothing".into(), ..needs("--fd") };
+    assert!(matches!(check(&missing), Err(DaemonError::NotFound { .. })));
 }

@@ -76,6 +76,7 @@ pub struct Supervisor(Vec<Served>);
 impl Supervisor {
     /// Starts a daemon that is to live as long as the machine.
     pub fn start(&mut self, slot: SlotIndex, spec: &DaemonSpec) -> Result<(u32, UnixStream), DaemonError> {
+        daemon::check(spec)?;
         let kept = daemon::state_file(spec)?.map(Arc::new);
         let (daemon, socket) = daemon::spawn(spec, kept.as_deref())?;
         let pid = daemon.pid();
@@ -278,6 +279,7 @@ mod tests {
             io_timeout: None,
             terminal: Terminal::None,
             keeps_state: false,
+            needs: None,
         };
         let mut supervisor = Supervisor::default();
         let (_pid, socket) = supervisor.start(SLOT, &spec).unwrap();

@@ -12,6 +12,8 @@
 //! above RAM       64-bit MMIO window: one BAR a device
 //! ```
 
+mod network;
+
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -22,8 +24,8 @@ use cleave_common::size::ByteSize;
 use cleave_common::virtio::DeviceType;
 
 use crate::config::{
-    BalloonConfig, CacheMode, ConsoleDevice, DiskConfig, DiskFormat, MachineConfig, NetConfig, NetPeer,
-    OnFull, Restart, ScsiAdapter,
+    BalloonConfig, CacheMode, ConsoleDevice, DiskConfig, DiskFormat, MachineConfig, OnFull, Restart,
+    ScsiAdapter,
 };
 use crate::memory::RamRegion;
 
@@ -97,6 +99,8 @@ pub struct DaemonSpec {
     pub terminal: Terminal,
     /// It gets a file, as `--state-fd`, that outlives it, and finds there what its predecessor left.
     pub keeps_state: bool,
+    /// What it has to know, where it is a program that is not ours.
+    pub needs: Option<Need>,
 }
 
 /// The end of a connection to the machine's terminal, which a daemon inherits, and its successors after it.
@@ -122,6 +126,14 @@ impl PartialEq for Terminal {
 }
 
 impl Eq for Terminal {}
+
+/// An option that a program lists in its `--help`, or is of no use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    pub option: &'static str,
+    /// What to do about one that does not.
+    pub advice: &'static str,
+}
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
@@ -171,29 +183,12 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             io_timeout: disk.io_timeout.map(|timeout| timeout.0),
             terminal: Terminal::None,
             keeps_state: false,
+            needs: None,
         });
         (name, DeviceType::BLOCK, Some(queues), backend)
     });
     let nets = config.nets.iter().map(|net| {
-        let device = net.name.clone();
-        let (queues, backend) = match &net.peer {
-            NetPeer::Tap { tap, settings } => {
-                let spec = DaemonSpec {
-                    program: "cleave-net".to_owned(),
-                    device,
-                    args: net_arguments(tap, settings),
-                    restart: settings.restart.unwrap_or_default(),
-                    restart_limit: settings.restart_limit,
-                    io_timeout: None,
-                    terminal: Terminal::None,
-                    keeps_state: false,
-                };
-                (None, Backend::Spawn(spec))
-            }
-            NetPeer::Socket { socket, wait, queues } => {
-                (*queues, Backend::Attach { socket: socket.clone(), wait: wait.0 })
-            }
-        };
+        let (queues, backend) = network::daemon(net);
         (net.name.clone(), DeviceType::NET, queues, backend)
     });
     let scsi = config.scsi.iter().map(|adapter| {
@@ -209,6 +204,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             io_timeout: None,
             terminal: Terminal::None,
             keeps_state: false,
+            needs: None,
         });
         // Beside them there are one for control and one for events.
         (name, DeviceType::SCSI, Some(requests + 2), backend)
@@ -224,6 +220,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             io_timeout: None,
             terminal: if console.has_terminal() { Terminal::Wanted } else { Terminal::None },
             keeps_state: false,
+            needs: None,
         };
         (name, DeviceType::CONSOLE, None, Backend::Spawn(spec))
     });
@@ -237,6 +234,7 @@ fn assign_slots(config: &MachineConfig) -> Vec<SlotPlan> {
             io_timeout: None,
             terminal: Terminal::None,
             keeps_state: true,
+            needs: None,
         });
         (balloon.name(), DeviceType::BALLOON, None, backend)
     });
@@ -273,22 +271,6 @@ fn scsi_arguments(adapter: &ScsiAdapter, requests: u16) -> Vec<OsString> {
     arguments.extend(controller.poll_us.map(|us| word("poll-us", us.to_string().into())));
     arguments.extend(controller.cpus.as_ref().map(|cpus| word("cpus", cpus.to_string().into())));
     arguments
-}
-
-fn net_arguments(tap: &str, settings: &NetConfig) -> Vec<OsString> {
-    let value = |key: &str, value: Option<String>| value.map(|value| format!("--{key}={value}").into());
-    [
-        value("tap", Some(tap.to_owned())),
-        value("bridge", settings.bridge.clone()),
-        value("mac", settings.mac.map(|mac| mac.to_string())),
-        value("mtu", settings.mtu.map(|mtu| mtu.to_string())),
-        value("queues", settings.queues.map(|queues| queues.to_string())),
-        value("poll-us", settings.poll_us.map(|microseconds| microseconds.to_string())),
-        value("cpus", settings.cpus.as_ref().map(|cpus| cpus.to_string())),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
 }
 
 fn balloon_arguments(balloon: &BalloonConfig) -> Vec<OsString> {

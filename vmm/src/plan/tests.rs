@@ -60,6 +60,20 @@ fn what_a_disk_is_asked_for_reaches_its_daemon() {
 }
 
 #[test]
+fn what_a_network_is_asked_for_reaches_its_daemon() {
+    let net = "tap=t,throttle.bps-rx=1M,throttle.pps-tx=9,pcap=/a b.pcap,pcap-snaplen=96";
+    let settings = Settings {
+        kernel: Some("vmlinuz".into()),
+        net: vec![options::parse(net, Some("kind")).unwrap()],
+        ..Settings::default()
+    };
+    let slots = plan(&settings.validate().unwrap(), 40).unwrap().slots;
+    let Backend::Spawn(DaemonSpec { args, .. }) = &slots[0].backend else { panic!("it is spawned") };
+    let expected = "--tap=t --throttle=pps-tx=9,bps-rx=1048576 --pcap=/a b.pcap --pcap-snaplen=96";
+    assert_eq!(args.join(" ".as_ref()), *expected);
+}
+
+#[test]
 fn a_network_is_a_daemon_of_ours_or_somebody_elses() {
     let settings = Settings {
         kernel: Some("vmlinuz".into()),
@@ -83,6 +97,49 @@ fn a_network_is_a_daemon_of_ours_or_somebody_elses() {
     assert_eq!(spec.args.join(" ".as_ref()), *expected);
     let wait = Duration::from_secs(30);
     assert_eq!(slots[2].backend, Backend::Attach { socket: "/s".into(), wait });
+}
+
+#[test]
+fn a_network_without_privilege_is_passts_with_a_daemon_of_ours_between_or_not() {
+    let net = |text: &str| options::parse(text, Some("kind")).unwrap();
+    let net = [
+        "user,hostfwd=tcp:2222:22,hostfwd=udp:[::1]:5:6,host=on,mac=52:54:00:12:34:56,mtu=1400,poll-us=5,cpus=0-1,\
+         throttle.bps-tx=1M,pcap=/a",
+        "user",
+        "user,direct=on,hostfwd=tcp:2223:22,mtu=1400,restart=on-failure,restart-limit=3",
+    ]
+    .map(net)
+    .into();
+    let settings = Settings { kernel: Some("vmlinuz".into()), net, ..Settings::default() };
+    let slots = plan(&settings.validate().unwrap(), 40).unwrap().slots;
+    let specs: Vec<&DaemonSpec> = slots
+        .iter()
+        .map(|slot| match &slot.backend {
+            Backend::Spawn(spec) => spec,
+            Backend::Attach { .. } => panic!("{} is spawned", slot.name),
+        })
+        .collect();
+    assert_eq!(
+        specs[0].args.join(" ".as_ref()),
+        *"--user --mac=52:54:00:12:34:56 --hostfwd=tcp:127.0.0.1:2222:22 --hostfwd=udp:[::1]:5:6 --host=on --mtu=1400 \
+          --poll-us=5 --cpus=0-1 --throttle=bps-tx=1048576 --pcap=/a"
+    );
+    let mac = specs[1].args[1].to_str().unwrap();
+    assert!(mac.starts_with("--mac=") && specs[1].args.len() == 2, "one of its own: {mac}");
+    assert_eq!(
+        specs.iter().map(|spec| spec.program.as_str()).collect::<Vec<_>>(),
+        ["cleave-net", "cleave-net", "passt"]
+    );
+    let direct = "--vhost-user --foreground --quiet --mtu 1400 --tcp-ports 127.0.0.1/2223:22 --udp-ports none --no-map-gw";
+    assert_eq!(specs[2].args.join(" ".as_ref()), *direct);
+    assert_eq!(
+        (specs[2].restart, specs[2].restart_limit, slots[2].queues),
+        (Restart::OnFailure, Some(3), Some(2))
+    );
+    assert_eq!(
+        specs.iter().map(|spec| spec.needs.map(|need| need.option)).collect::<Vec<_>>(),
+        [None, None, Some("--vhost-user")]
+    );
 }
 
 proptest! {

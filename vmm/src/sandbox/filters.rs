@@ -139,6 +139,9 @@ const NEVER: Calls = &[
     libc::SYS__sysctl,
 ];
 
+/// Of these, what a daemon takes that moves into namespaces of its own, with an empty root.
+const NAMESPACES: Calls = &[libc::SYS_unshare, libc::SYS_mount, libc::SYS_umount2, libc::SYS_pivot_root];
+
 /// The ioctls of a vCPU's thread, the one it makes all the time first: the guest runs, is reset, dies and is described,
 /// and moves its interrupts and doorbells.
 const VCPU_IOCTLS: &[u64] = &[
@@ -190,8 +193,9 @@ const fn kvm_out<T>(number: u64) -> u64 {
 }
 
 /// For the main thread and all that it starts.
-pub(super) fn process() -> Result<BpfProgram, BackendError> {
-    let rules = NEVER.iter().map(|call| (*call, Vec::new())).collect();
+pub(super) fn process(namespaces: bool) -> Result<BpfProgram, BackendError> {
+    let allowed = |call: &&c_long| namespaces && NAMESPACES.contains(call);
+    let rules = NEVER.iter().filter(|call| !allowed(call)).map(|call| (*call, Vec::new())).collect();
     SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Trap, TargetArch::x86_64)?.try_into()
 }
 

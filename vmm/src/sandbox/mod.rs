@@ -72,12 +72,13 @@ impl Confinement {
 static CONFINEMENT: OnceLock<Confinement> = OnceLock::new();
 
 /// Confines this thread, the threads that it starts later, and their daemons; call it first. From then on
-/// [`confine_thread`] has an effect. `before_end` is called when a violation ends the process: it may put the terminal
+/// [`confine_thread`] has an effect. `namespaces`: one of the daemons shuts itself up in namespaces of its own, as passt
+/// does, and is left what that takes. `before_end` is called when a violation ends the process: it may put the terminal
 /// back, in a signal handler.
-pub fn confine_process(before_end: fn()) -> Result<(), SandboxError> {
+pub fn confine_process(before_end: fn(), namespaces: bool) -> Result<(), SandboxError> {
     report_violations("cleave", before_end).map_err(SandboxError::Handler)?;
     let confinement = Confinement::new(before_end)?;
-    apply_filter(&filters::process()?).map_err(SandboxError::Apply)?;
+    apply_filter(&filters::process(namespaces)?).map_err(SandboxError::Apply)?;
     // A second call finds the same filters.
     let _ = CONFINEMENT.set(confinement);
     Ok(())

@@ -1,3 +1,5 @@
+#![expect(unsafe_code, reason = "a thread leaves what it shares")]
+
 use std::fs::File;
 use std::io;
 use std::net::TcpListener;
@@ -34,9 +36,9 @@ fn deeds() {
     let before_end = || {
         let _ = rustix::io::write(rustix::stdio::stderr(), b"before the end\n");
     };
-    confine_process(before_end).unwrap();
+    confine_process(before_end, kind == "namespaces").unwrap();
     match kind {
-        "main" => {}
+        "main" | "namespaces" => {}
         "vCPU" => confine_thread(Thread::Vcpu),
         "session" => confine_thread(Thread::Session),
         "control" => confine_thread(Thread::Control),
@@ -52,6 +54,10 @@ fn deeds() {
             Ok(_) | Err(rustix::io::Errno::NOTTY) => Ok(()),
             Err(errno) => Err(errno.into()),
         },
+        "leaves its file system" => {
+            // SAFETY: this thread shares nothing any more that it did not share by intention.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }.map_err(Into::into)
+        }
         "unblocks a pipe" => rustix::io::ioctl_fionbio(rustix::stdio::stdin(), false).map_err(Into::into),
         other => panic!("nobody {other}"),
     };
@@ -71,6 +77,7 @@ fn a_violation_is_told_in_one_line_and_ends_the_process() {
         ("control opens a file", "openat (257)"),
         ("control connects a unix socket", "socket (41)"),
         ("main names the host", "sethostname (170)"),
+        ("main leaves its file system", "unshare (272)"),
     ] {
         let Output { status, stderr, .. } = see(deed);
         let stderr = String::from_utf8_lossy(&stderr);
@@ -90,6 +97,7 @@ fn a_violation_is_told_in_one_line_and_ends_the_process() {
 #[test]
 fn what_a_thread_is_for_it_may_do() {
     for (deed, result) in [
+        ("namespaces leaves its file system", "Ok(())"),
         ("main opens a file", "Ok(())"),
         ("main starts a program", "Ok(())"),
         ("main listens on TCP", "Ok(())"),

@@ -4,9 +4,13 @@
 //! buffers the frame uses as many as it fills, all at once; otherwise one. What does not fit goes to a spill area of this
 //! thread's own: with mergeable buffers the frame is held there until the driver has made more of them available.
 //!
-//! Invariants: a frame that is not wanted leaves the buffers it was read into to the next one; one frame at most is held.
+//! Frames that come at once are given to the driver some at a time, as those that are sent are taken back.
+//!
+//! Invariants: between two turns no buffer is filled and not used; a frame that is not wanted leaves the buffers it was read
+//! into to the next one; one frame at most is held.
 
 use std::io::{self, ErrorKind};
+use std::time::Instant;
 
 use cleave_runtime::{Command, Inbox, Polling, Vring};
 use rustix::event::epoll::EventFlags;
@@ -16,6 +20,7 @@ use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
 use crate::config_space::{feature, header_len};
 use crate::counters::Received;
 use crate::filter::ETHERNET_HEADER;
+use crate::limits::Direction;
 use crate::shared::{CurrentFilter, Shared};
 
 /// The largest frame, with a VLAN tag: one that is to be segmented.
@@ -24,10 +29,7 @@ const MAX_FRAME: usize = 65535 + ETHERNET_HEADER + 4;
 /// Room for such a one, with its header.
 const SPILL: usize = 68 << 10;
 
-/// Bytes of buffers that are offered to the port while large frames are rare: most frames need no more.
-const USUAL: usize = 4096;
-
-/// After a frame larger than that, room for the largest is offered for so many frames.
+/// After a frame larger than the MTU, room for the largest is offered for so many frames.
 const LARGE_AGAIN: u32 = 64;
 
 /// Serves vrings of the receive queue of `pair`, one after the other, until the device is gone.
@@ -66,8 +68,10 @@ struct Receiver<'s> {
     /// Bytes before each frame.
     header: usize,
     mergeable: bool,
-    /// Bytes of the largest frame with its header.
+    /// Bytes of the largest frame with its header, and of those that are not to be segmented: buffers for these are offered
+    /// to the port while others are rare.
     largest: usize,
+    usual: usize,
     filter: CurrentFilter,
     stock: Stock,
     spill: &'s mut [u8],
@@ -85,13 +89,14 @@ impl<'s> Receiver<'s> {
         let features = shared.features();
         let header = usize::from(header_len(features));
         let gso = features & feature::GUEST_GSO != 0;
-        let frame = if gso { MAX_FRAME } else { usize::from(shared.port.mtu()) + ETHERNET_HEADER + 4 };
+        let usual = header + usize::from(shared.port.mtu()) + ETHERNET_HEADER + 4;
         Self {
             pair,
             shared,
             header,
             mergeable: features & feature::MRG_RXBUF != 0,
-            largest: header + frame,
+            largest: if gso { usual.max(header + MAX_FRAME) } else { usual },
+            usual,
             filter: CurrentFilter::of(shared),
             stock: Stock::new(vring, features),
             spill,
@@ -120,7 +125,7 @@ impl<'s> Receiver<'s> {
 
     /// A frame of `len` bytes with its header has been read.
     fn take(&mut self, ring: &mut Ring, len: usize) -> Result<(), QueueError> {
-        self.large = if len > USUAL { LARGE_AGAIN } else { self.large.saturating_sub(1) };
+        self.large = if len > self.usual { LARGE_AGAIN } else { self.large.saturating_sub(1) };
         let in_buffers = self.stock.buffers.len();
         if len < self.header + ETHERNET_HEADER {
             self.counters.failed.add_one();
@@ -154,8 +159,10 @@ impl<'s> Receiver<'s> {
             self.counters.unwanted.add_one();
             return Ok(());
         }
+        self.shared.checkpoint.passed(Direction::Receive, &self.stock.buffers, self.header, len);
         self.counters.delivered.add_one();
-        self.stock.use_up(ring, len)
+        self.stock.use_up(len);
+        if self.stock.is_due() { self.stock.give(ring) } else { Ok(()) }
     }
 
     fn is_wanted(&mut self, len: usize) -> bool {
@@ -167,8 +174,8 @@ impl<'s> Receiver<'s> {
     }
 }
 
-impl Work for Receiver<'_> {
-    fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
+impl Receiver<'_> {
+    fn receive_some(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
         for _ in 0..BATCH {
             if let Some(held) = self.held {
                 if !self.go_on(ring, held)? {
@@ -179,7 +186,7 @@ impl Work for Receiver<'_> {
             if !self.port_ready {
                 return Ok(Next::Port);
             }
-            let wanted = if self.large > 0 { self.largest } else { self.largest.min(USUAL) };
+            let wanted = if self.large > 0 { self.largest } else { self.usual };
             self.stock.fetch(ring, wanted)?;
             if self.stock.is_empty() {
                 return Ok(Next::Driver);
@@ -187,11 +194,22 @@ impl Work for Receiver<'_> {
             if !std::mem::replace(&mut self.filled, true) {
                 self.shared.receiver_has_buffers(self.pair);
             }
+            if let Some(wait) = self.shared.checkpoint.wait(Direction::Receive) {
+                return Ok(Next::At(Instant::now() + wait));
+            }
             if self.read(ring)?.is_none() {
                 self.port_ready = false;
             }
         }
         Ok(Next::Again)
+    }
+}
+
+impl Work for Receiver<'_> {
+    fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
+        let next = self.receive_some(ring);
+        self.stock.give(ring)?;
+        next
     }
 
     fn port_is_ready(&mut self) {

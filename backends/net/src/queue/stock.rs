@@ -1,5 +1,8 @@
 //! The buffers for frames that a driver has made available: fetched ahead, used in order (virtio 1.2, 5.1.6.3 and 5.1.6.4).
 //!
+//! Frames that come at once can be given to the driver together: each time it is told, the lines of memory that tell it
+//! change hands. Whoever fills buffers says when no more are to come for now ([`Stock::give`]).
+//!
 //! Invariants: chains are used in the order in which they were fetched, so that unused ones can be given back; with
 //! mergeable buffers a frame uses as many as it fills, all at once; otherwise one.
 
@@ -13,6 +16,10 @@ use crate::config_space::{HEADER_LEN, feature, header_len};
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
+
+/// How many buffers, or how many bytes in them, are given together: more where a frame takes more.
+const TOGETHER: usize = 16;
+const TOGETHER_BYTES: usize = 64 << 10;
 
 /// A chain that waits for a frame.
 #[derive(Debug, Clone, Copy)]
@@ -38,7 +45,9 @@ pub(crate) struct Stock {
     unusable: Option<u16>,
     /// Of all that are fetched.
     pub(crate) buffers: GuestBuffers,
+    /// Buffers of whole frames that are filled, and not used yet; bytes in them.
     used: Vec<(u16, u32)>,
+    used_bytes: usize,
 }
 
 impl Stock {
@@ -53,7 +62,8 @@ impl Stock {
             is_fetched: vec![false; vring.size().into()],
             unusable: None,
             buffers: GuestBuffers::new(vring.memory().clone()),
-            used: Vec::new(),
+            used: Vec::with_capacity(TOGETHER),
+            used_bytes: 0,
         }
     }
 
@@ -68,7 +78,7 @@ impl Stock {
             if let Some(head) = self.unusable.filter(|_| self.fetched.is_empty()) {
                 self.unusable = None;
                 self.is_fetched[usize::from(head)] = false;
-                ring.vring.push_used(head, 0)?;
+                self.used.push((head, 0));
             }
             let enough = self.buffers.len() >= wanted || !self.mergeable && !self.fetched.is_empty();
             if enough || self.is_full() {
@@ -116,9 +126,9 @@ impl Stock {
         single || self.is_full() || self.fetched.len() == usize::from(ring.vring.size())
     }
 
-    /// Gives the guest the frame of `len` bytes, with its header, that is in the first buffers.
-    pub(crate) fn use_up(&mut self, ring: &mut Ring, len: usize) -> Result<(), QueueError> {
-        let (mut left, mut entries) = (len, 0);
+    /// A frame of `len` bytes, with its header, is in the first buffers: the driver gets it with the next that are given.
+    pub(crate) fn use_up(&mut self, len: usize) {
+        let (mut left, mut entries, mut count) = (len, 0, 0);
         while let Some(fetched) = self.fetched.pop_front_if(|_| left != 0) {
             let part = left.min(fetched.len);
             left -= part;
@@ -126,18 +136,30 @@ impl Stock {
             self.is_fetched[usize::from(fetched.head)] = false;
             // A frame has 68 KiB at most.
             self.used.push((fetched.head, part as u32));
+            count += 1;
         }
-        self.finish_header();
+        self.finish_header(count);
         self.buffers.consume(entries);
-        ring.vring.push_used_together(&self.used)?;
-        self.used.clear();
-        Ok(())
+        self.used_bytes += len;
     }
 
-    /// Completes the header of the frame that is in `used`: whoever wrote it has left what it does not know.
-    fn finish_header(&self) {
+    /// There are as many frames as are to be given together.
+    pub(crate) fn is_due(&self) -> bool {
+        self.used.len() >= TOGETHER || self.used_bytes >= TOGETHER_BYTES
+    }
+
+    /// Gives the driver all that is used up.
+    pub(crate) fn give(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
+        self.used_bytes = 0;
+        let given = ring.vring.push_used_together(&self.used);
+        self.used.clear();
+        Ok(given?)
+    }
+
+    /// Completes the header of the frame that is in the first `count` buffers: whoever wrote it has left what it does not know.
+    fn finish_header(&self, count: u16) {
         if self.header == usize::from(HEADER_LEN) {
-            self.buffers.write_at(NUM_BUFFERS, &(self.used.len() as u16).to_le_bytes());
+            self.buffers.write_at(NUM_BUFFERS, &count.to_le_bytes());
         }
         if self.no_flags {
             self.buffers.write_at(0, &[0]);

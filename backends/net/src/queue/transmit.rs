@@ -1,20 +1,31 @@
 //! A transmit queue: frames from the driver to the port (virtio 1.2, 5.1.6.2). The header goes to the port as it is, which
 //! checks it as it checks everybody's.
+//!
+//! Frames that have gone are used some at a time: each time the driver is told, the lines of memory that tell it change
+//! hands, which takes about as long as the kernel does with a frame.
+//!
+//! Invariant: between two turns nothing is fetched and not used but the one frame that waits for room.
 
 use std::io::{self, ErrorKind};
+use std::time::Instant;
 
 use cleave_runtime::{Chain, Command, Inbox, Polling, Vring};
-use rustix::event::epoll::EventFlags;
 
 use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
 use crate::buffers::GuestBuffers;
 use crate::config_space::header_len;
 use crate::counters::Sent;
 use crate::filter::ETHERNET_HEADER;
+use crate::limits::Direction;
 use crate::shared::Shared;
 
 /// Most bytes of a frame with its header: one that is to be segmented, with a VLAN tag.
 const MAX_LEN: usize = 12 + ETHERNET_HEADER + 4 + 65535;
+
+/// How many frames, or how many bytes of them, are used together. A frame is sent twice if the daemon is killed after it was
+/// sent and before it was used.
+const TOGETHER: usize = 16;
+const TOGETHER_BYTES: usize = 64 << 10;
 
 /// Serves vrings of the transmit queue of `pair`, one after the other, until the device is gone.
 pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) {
@@ -31,8 +42,8 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 /// What the thread of the transmit queue of `pair` waits by.
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
-    if let Some(fd) = shared.port.fd(pair) {
-        waiter.watch_port(fd, EventFlags::OUT)?;
+    if let Some((fd, room)) = shared.port.room(pair) {
+        waiter.watch_port(fd, room)?;
     }
     Ok(waiter)
 }
@@ -46,6 +57,9 @@ struct Transmitter<'s> {
     frame: GuestBuffers,
     /// The chain of `frame`, for which the port has no room yet.
     waiting: Option<u16>,
+    /// Chains that are done with, and not used yet; bytes of their frames.
+    done: Vec<(u16, u32)>,
+    done_bytes: usize,
     counters: &'s Sent,
 }
 
@@ -58,6 +72,8 @@ impl<'s> Transmitter<'s> {
             chain: Chain::default(),
             frame: GuestBuffers::new(vring.memory().clone()),
             waiting: None,
+            done: Vec::with_capacity(TOGETHER),
+            done_bytes: 0,
             counters: &shared.counters[usize::from(pair)].sent,
         }
     }
@@ -79,7 +95,11 @@ impl<'s> Transmitter<'s> {
     /// Sends the frame. `false`: there is no room for it now.
     fn send(&mut self, ring: &mut Ring) -> bool {
         match self.shared.port.send(self.pair, &self.frame) {
-            Ok(()) => self.counters.sent.add_one(),
+            Ok(()) => {
+                self.counters.sent.add_one();
+                let len = self.frame.len();
+                self.shared.checkpoint.passed(Direction::Transmit, &self.frame, self.header, len);
+            }
             Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
             Err(error) => {
                 end_if_gone(&*self.shared.port, &error);
@@ -95,8 +115,27 @@ impl<'s> Transmitter<'s> {
 }
 
 impl Transmitter<'_> {
+    /// The chain of `head` is to be used.
+    fn finish(&mut self, ring: &mut Ring, head: u16, bytes: usize) -> Result<(), QueueError> {
+        self.done.push((head, 0));
+        self.done_bytes += bytes;
+        let enough = self.done.len() >= TOGETHER || self.done_bytes >= TOGETHER_BYTES;
+        if enough { self.give_back(ring) } else { Ok(()) }
+    }
+
+    fn give_back(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
+        self.done_bytes = 0;
+        let given = ring.vring.push_used_together(&self.done);
+        self.done.clear();
+        Ok(given?)
+    }
+
     fn send_some(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
         for _ in 0..BATCH {
+            if let Some(wait) = self.shared.checkpoint.wait(Direction::Transmit) {
+                let has_frame = self.waiting.is_some() || ring.vring.has_available()?;
+                return Ok(if has_frame { Next::At(Instant::now() + wait) } else { Next::Driver });
+            }
             let head = match self.waiting.take() {
                 Some(head) => head,
                 None => {
@@ -104,7 +143,7 @@ impl Transmitter<'_> {
                     if let Err(what) = self.read(ring, head) {
                         self.counters.malformed.add_one();
                         ring.complain(&what);
-                        ring.vring.push_used(head, 0)?;
+                        self.finish(ring, head, 0)?;
                         continue;
                     }
                     head
@@ -114,7 +153,7 @@ impl Transmitter<'_> {
                 self.waiting = Some(head);
                 return Ok(Next::Port);
             }
-            ring.vring.push_used(head, 0)?;
+            self.finish(ring, head, self.frame.len())?;
         }
         Ok(Next::Again)
     }
@@ -123,8 +162,14 @@ impl Transmitter<'_> {
 impl Work for Transmitter<'_> {
     fn turn(&mut self, ring: &mut Ring) -> Result<Next, QueueError> {
         let next = self.send_some(ring);
-        self.shared.port.flush(self.pair);
-        next
+        let flushed = self.shared.port.flush(self.pair);
+        self.give_back(ring)?;
+        // Before what the port still has nothing can go.
+        if flushed.is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+            next.and(Ok(Next::Port))
+        } else {
+            next
+        }
     }
 
     fn end(&mut self, ring: &mut Ring) {

@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Instant;
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
@@ -68,6 +69,12 @@ impl Waiter {
     /// Waits until something happens.
     pub(crate) fn wait(&self) -> io::Result<Ready> {
         self.take(None)
+    }
+
+    /// Waits until something happens, or `moment` has come.
+    pub(crate) fn wait_until(&self, moment: Instant) -> io::Result<Ready> {
+        let left = moment.saturating_duration_since(Instant::now());
+        self.take(Some(&Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })))
     }
 
     fn take(&self, timeout: Option<&Timespec>) -> io::Result<Ready> {

@@ -241,8 +241,14 @@ impl Open {
         &self.shared.counters[self.pair].received
     }
 
-    /// See [`Inlet::deliver`].
+    /// See [`Inlet::deliver`]. All of the frame is given to the driver at once, and all buffers that are none.
     fn take(&mut self, frame: &Frame<'_>) -> Result<bool, QueueError> {
+        let taken = self.fill(frame);
+        self.stock.give(&mut self.ring)?;
+        taken
+    }
+
+    fn fill(&mut self, frame: &Frame<'_>) -> Result<bool, QueueError> {
         let Self { filter, shared, .. } = self;
         let wanted = filter.passes(shared, |start| {
             let known = frame.start();
@@ -303,7 +309,7 @@ impl Open {
         if let Some((at, checksum)) = checksum {
             buffers.write_at(self.header + at, &checksum.to_be_bytes());
         }
-        self.stock.use_up(&mut self.ring, len)?;
+        self.stock.use_up(len);
         self.counters().delivered.add_one();
         Ok(Put::Delivered)
     }

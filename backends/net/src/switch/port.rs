@@ -68,8 +68,9 @@ impl Port for SwitchPort {
         Ok(())
     }
 
-    fn flush(&self, pair: u16) {
+    fn flush(&self, pair: u16) -> io::Result<()> {
         self.with_outlet(pair, |outlet| self.switch.flush(outlet));
+        Ok(())
     }
 
     fn inlet(&self, pair: u16) -> Option<&Inlet> {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use cleave_common::cpus::CpuList;
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::mac::MacAddress;
+use cleave_common::throttle::NetThrottleConfig;
 use cleave_runtime::{Device, Endpoint, Listener, Member, Sandbox, SandboxMode, Signals, run_all};
 use tracing::info;
 
@@ -27,6 +28,10 @@ const DEFAULT_MTU: u16 = 1500;
 enum StartError {
     #[error("--switch has a socket for each port: leave {0} out")]
     NotWith(&'static str),
+    #[error(
+        "the ports of --switch can neither be limited nor captured: leave {0} out, or use it with --tap alone"
+    )]
+    NotOfPorts(&'static str),
     #[error("a switch needs ports: --ports N, or --port NAME for each")]
     NoPorts,
     #[error("{0} ports are too many: {MAX_PORTS} are possible")]
@@ -66,6 +71,14 @@ pub(crate) struct Common {
 pub(crate) fn refuse(alone: [(&'static str, bool); 3]) -> Result<(), Failure> {
     match alone.into_iter().find(|(_, given)| *given) {
         Some((option, _)) => Err(StartError::NotWith(option).into()),
+        None => Ok(()),
+    }
+}
+
+/// Refuses what is not there for a switch's ports: a limit would have to drop here, for nobody may wait for another's guest.
+pub(crate) fn refuse_for_now(missing: [(&'static str, bool); 2]) -> Result<(), Failure> {
+    match missing.into_iter().find(|(_, given)| *given) {
+        Some((option, _)) => Err(StartError::NotOfPorts(option).into()),
         None => Ok(()),
     }
 }
@@ -152,6 +165,8 @@ fn device(
         max_queue_size: common.max_queue_size,
         poll: common.poll,
         cpus: common.cpus.clone(),
+        throttle: NetThrottleConfig::default(),
+        capture: None,
     };
     let ours = Arc::new(SwitchPort::new(switch.clone(), index, common.pairs));
     // What its threads say bears its name.

@@ -26,6 +26,9 @@ fn what_cannot_be_is_refused_with_what_to_do() {
     refuses(&["--switch", here, "--ports", "2", "--port", "a"], "cannot be used with");
     refuses(&["--switch", here, "--ports", "2", "--socket-path", "/tmp/x"], "leave --socket-path out");
     refuses(&["--switch", here, "--ports", "2", "--mac", "52:54:00:00:00:01"], "--port NAME,mac=ADDRESS");
+    refuses(&["--switch", here, "--ports", "2", "--throttle", "bps-rx=1M"], "leave --throttle out");
+    refuses(&["--switch", here, "--ports", "2", "--pcap", "/tmp/x"], "leave --pcap out");
+    refuses(&["--switch", here, "--ports", "2", "--user"], "cannot be used with");
     refuses(
         &["--switch", here, "--port", "a", "--port", "b", "--port", "./a", "--port", "a"],
         "two ports are at",
@@ -46,7 +49,7 @@ fn it_says_how_each_port_is_and_leaves_nothing_behind() {
     for words in [
         "p0: a frontend is connected, 3 of 3 queues run; the link is up; ",
         "p1: a frontend is connected",
-        "socket: no frontend is connected; the link is up; 0 frames received",
+        "socket: no frontend is connected; the link is up; ",
         "3 ports, 2 addresses; no uplink",
     ] {
         bridge.daemon.wait_for_log(words).unwrap();
