@@ -31,7 +31,6 @@ const BOOT: Duration = Duration::from_secs(300);
 const TRANSFER: Duration = Duration::from_secs(200);
 /// What the world serves, in bytes.
 const SIZE: usize = 16 << 20;
-const KILLS: usize = 3;
 
 fn run(words: &str) -> Outcome<()> {
     let output = Command::new("sh").args(["-c", words]).output().map_err(|error| format!("sh: {error}"))?;
@@ -215,24 +214,6 @@ fn ssh(rig: &Rig, vm: &mut Vm) -> Outcome<()> {
     says(&said, "cleave-guest\n42\n")
 }
 
-fn passts() -> Vec<u32> {
-    ["passt", "passt.avx2"].iter().flat_map(|name| processes(name, None)).collect()
-}
-
-/// Kills a process, and waits until there is another one.
-fn kill(find: impl Fn() -> Vec<u32>) -> Outcome<()> {
-    let [pid] = find()[..] else { return Err(format!("one process was to be found, and not {:?}", find())) };
-    run(&format!("kill -KILL {pid}"))?;
-    let deadline = Instant::now() + SOON;
-    while !matches!(find()[..], [other] if other != pid) {
-        if Instant::now() > deadline {
-            return Err(format!("process {pid} has no successor: {:?}", find()));
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
 fn ours_between(rig: &Rig) -> Outcome<()> {
     let _world = World::make()?;
     let mut vm = start(rig, "user,hostfwd=tcp:2222:22", Path::new("/usr/bin"))?;
@@ -246,15 +227,6 @@ fn ours_between(rig: &Rig) -> Outcome<()> {
     ["Uid:\t65534\t65534", "CapPrm:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"]
         .iter()
         .try_for_each(|words| says(&status, words))?;
-    for (mark, find) in (20..).zip([passts, || processes("cleave-net", None)].repeat(KILLS)) {
-        // In the middle of something.
-        vm.send(&format!("curl -s -o /dev/null http://world.test/content; echo CUT-$(({mark} + 1))."))?;
-        thread::sleep(Duration::from_millis(300));
-        kill(find)?;
-        vm.expect(&format!("CUT-{}.", mark + 1), TRANSFER)?;
-        fetches(&mut vm, mark)?;
-    }
-    ssh(rig, &mut vm)?;
     vm.send("systemctl poweroff")?;
     vm.finish(BOOT)?;
     nothing_left_behind()
