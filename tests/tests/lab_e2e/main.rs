@@ -91,6 +91,9 @@ fn cases() -> Vec<Case> {
     .concat()
 }
 
+/// What is not done yet: it counts as skipped, and the summary names it. `--ignored` runs it.
+const NOT_YET: &[&str] = &["user_network::passt_serves_the_device_itself"];
+
 fn trials() -> Vec<Trial> {
     cases()
         .into_iter()
@@ -102,6 +105,7 @@ fn trials() -> Vec<Trial> {
                 })?;
                 Ok(())
             })
+            .with_ignored_flag(NOT_YET.contains(&name))
         })
         .collect()
 }

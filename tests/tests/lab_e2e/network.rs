@@ -327,7 +327,8 @@ fn traffic(vm: &mut Vm, pairs: usize) -> Outcome<()> {
         .zip(&after)
         .filter(|((name, before), (_, after))| name.contains("input") && after > before);
     let used: Vec<&str> = used.map(|((name, _), _)| name.as_str()).collect();
-    if used.len() != pairs {
+    // The tap device puts flows into queues by their hash: of four, one may stay empty.
+    if used.len() > pairs || used.len() <= pairs / 2 {
         return Err(format!("{pairs} pairs of queues are to be in use, but these are: {used:?} ({after:?})"));
     }
     Ok(())

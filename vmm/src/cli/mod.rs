@@ -164,7 +164,7 @@ pub struct RunArgs {
     /// user takes the program passt (Debian's package) and nothing else: the guest gets an address by DHCP and goes where
     /// this user's programs go. hostfwd=tcp:2222:22, which may be given many times, has this host's port 2222 lead to the
     /// guest's 22; it is listened on at 127.0.0.1 unless it names an address. host=on lets the guest reach this host's own
-    /// services at its gateway's address. direct=on leaves out cleave-net where passt can do without (--vhost-user).
+    /// services at its gateway's address. direct=on, which is not finished, leaves out cleave-net where passt can do without (--vhost-user).
     ///
     /// The tap device is opened if there is one of that name, else made (that takes CAP_NET_ADMIN) and removed in the end.
     /// bridge= makes it a port of that bridge. mac= is the guest's address; one that follows from this host and the tap's
