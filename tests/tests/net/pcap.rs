@@ -84,13 +84,15 @@ fn tcpdump_reads_a_pipe_while_frames_pass_and_nobody_waits_for_it() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("pipe");
     mkfifo(&path);
+    // Before this thread is in a network from which nothing can be fetched.
+    let tools = Tools::open(&Cache::open().unwrap()).unwrap();
     let Some((net, mut driver)) = start_with_driver(&["--pcap", path.to_str().unwrap()]) else { return };
     for round in 0..2 {
         // More than a pipe holds.
         for n in 0..100 {
             reaches_the_guest(&net, &mut driver, &frame(OURS, WORLDS, n, 1500));
         }
-        let mut tcpdump = Tools::open(&Cache::open().unwrap()).unwrap().command("tcpdump");
+        let mut tcpdump = tools.command("tcpdump");
         // Debian's becomes a user of its own, who need not be here.
         tcpdump.args(["-Z", "root", "-r", path.to_str().unwrap(), "-n", "-e", "-l", "-tt"]);
         let mut child = tcpdump.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
