@@ -289,8 +289,9 @@ fn offloads_are_on(said: &str) -> Outcome<()> {
 fn interrupts(vm: &mut Vm) -> Outcome<Vec<(String, u64)>> {
     let said = ask(vm, "grep -E 'virtio[0-9]+-(in|out)put' /proc/interrupts", SOON)?;
     let counts = said.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        words.next().filter(|number| number.ends_with(':'))?;
+        // The shell's own control sequence is before the first line.
+        let mut words = line.split_whitespace().skip_while(|word| !word.ends_with(':'));
+        words.next()?;
         let name = line.split_whitespace().last()?.to_owned();
         Some((name, words.map_while(|word| word.parse::<u64>().ok()).sum()))
     });
