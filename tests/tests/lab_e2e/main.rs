@@ -50,7 +50,7 @@ const GROUPS: &[&str] = &[
     "balloon::",
     "debian::",
     "network::",
-    "user_network::",
+    "user::",
     "memory::",
     "control::",
     "scsi::",
@@ -92,7 +92,7 @@ fn cases() -> Vec<Case> {
 }
 
 /// What is not done yet: it counts as skipped, and the summary names it. `--ignored` runs it.
-const NOT_YET: &[&str] = &["user_network::passt_serves_the_device_itself"];
+const NOT_YET: &[&str] = &["user::passt_serves_the_device_itself"];
 
 fn trials() -> Vec<Trial> {
     cases()

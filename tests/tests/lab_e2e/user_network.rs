@@ -23,8 +23,8 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use crate::rig::{Rig, SOON, nothing_left_behind, processes, says};
 
 pub const CASES: &[crate::Case] = &[
-    ("user_network::a_guest_without_privilege_goes_out_and_is_reached", ours_between),
-    ("user_network::passt_serves_the_device_itself", direct),
+    ("user::a_guest_without_privilege_goes_out_and_is_reached", ours_between),
+    ("user::passt_serves_the_device_itself", direct),
 ];
 
 const BOOT: Duration = Duration::from_secs(300);
