@@ -87,8 +87,10 @@ fn without_our_control_queue_the_pairs_that_run_are_used() {
     assert_eq!(spread(&net, &mut driver), [64, 0]);
     start(&mut driver, 2);
     start(&mut driver, 3);
-    let counts = spread(&net, &mut driver);
-    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+    // Its thread takes up the kick in its own time.
+    let used =
+        (0..100).map(|_| spread(&net, &mut driver)).find(|counts| counts.iter().all(|count| *count > 0));
+    assert!(used.is_some());
 }
 
 /// As Linux does it: it sets up all pairs, and gives buffers to those that it uses only.
