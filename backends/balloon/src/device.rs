@@ -7,12 +7,13 @@ use std::sync::Arc;
 
 use cleave_common::exit::{ExitCode, Failure};
 use cleave_common::virtio::DeviceType;
-use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
+use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring, Waiter};
+use rustix::event::epoll::EventFlags;
 
 use crate::config_space::{ACTUAL, POISON_VAL, feature};
 use crate::queue::pages::{Direction, Pages};
 use crate::queue::statistics::Answers;
-use crate::queue::{InTurn, Waiter, hinting::Hinted, reporting::Reports, serve};
+use crate::queue::{InTurn, hinting::Hinted, reporting::Reports, serve};
 use crate::roles::{Role, role};
 use crate::shared::{Mib, Shared};
 
@@ -58,7 +59,7 @@ fn spawn(shared: &Arc<Shared>, role: Role) -> Result<QueueThread, BalloonError> 
         move || {
             let waiter = Waiter::new()?;
             if role == Role::Statistics {
-                waiter.watch_other(prepared.ask_fd())?;
+                waiter.watch_other(prepared.ask_fd(), EventFlags::IN)?;
             }
             Ok::<_, BalloonError>(waiter)
         },

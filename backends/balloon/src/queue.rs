@@ -12,16 +12,13 @@ pub(crate) mod hinting;
 pub(crate) mod pages;
 pub(crate) mod reporting;
 pub(crate) mod statistics;
-mod waiter;
 
 use std::fmt::Display;
 use std::time::Instant;
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Chain, Command, Complaints, GuestMemory, Inbox, RingError, Segment, Vring};
+use cleave_runtime::{Chain, Command, Complaints, GuestMemory, Inbox, RingError, Segment, Vring, Waiter};
 use tracing::{error, warn};
-
-pub(crate) use waiter::Waiter;
 
 /// Most requests of one turn: then commands are looked at.
 const BATCH: u16 = 16;
@@ -127,7 +124,11 @@ fn run(waiter: &Waiter, inbox: &Inbox, ring: &mut Ring, work: &mut dyn Work) {
     loop {
         let more = ring.serves() && turn(ring, work);
         let until = if ring.serves() { work.wakes_at() } else { None };
-        let ready = if more { waiter.poll() } else { waiter.wait(until) };
+        let ready = match until {
+            _ if more => waiter.poll(),
+            Some(moment) => waiter.wait_until(moment),
+            None => waiter.wait(),
+        };
         let ready = ready.unwrap_or_else(|error| give_up("waiting for events failed", &error));
         if ready.kick {
             ring.vring.start();

@@ -15,7 +15,7 @@ use cleave_common::mac::MacAddress;
 use cleave_common::throttle::NetThrottleConfig;
 use cleave_common::virtio::DeviceType;
 use cleave_runtime::cpus::{self, CpusError};
-use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring};
+use cleave_runtime::{Device, QueueIndex, QueueThread, Stop, Vring, Waiter};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use tracing::Span;
 
@@ -24,7 +24,7 @@ use crate::config_space::feature;
 use crate::counters::Total;
 use crate::pcap::{Capture, Output};
 use crate::port::Port;
-use crate::queue::{Waiter, control, receive, transmit};
+use crate::queue::{control, receive, transmit};
 use crate::shared::Shared;
 
 /// Most pairs of queues.

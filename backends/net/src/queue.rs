@@ -18,18 +18,16 @@ pub(crate) mod control;
 pub(crate) mod receive;
 pub(crate) mod stock;
 pub(crate) mod transmit;
-mod waiter;
 
 use std::fmt::Display;
 use std::io;
 use std::time::Instant;
 
 use cleave_common::exit::ExitCode;
-use cleave_runtime::{Command, Complaints, Inbox, Polling, RingError, Vring};
+use cleave_runtime::{Command, Complaints, Inbox, Polling, Ready, RingError, Vring, Waiter};
 use tracing::{Span, error, warn};
 
 use crate::port::Port;
-pub(crate) use waiter::{Ready, Waiter};
 
 /// Most chains or frames of one turn: then commands are looked at.
 const BATCH: u16 = 64;
@@ -144,7 +142,7 @@ impl Server<'_> {
             if ready.kick {
                 ring.vring.start();
             }
-            if ready.port {
+            if ready.other {
                 work.port_is_ready();
             }
             if ready.wake && matches!(self.inbox.try_next(), Some(Command::Stop(_))) {

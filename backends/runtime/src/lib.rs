@@ -22,6 +22,7 @@ mod shared;
 mod signals;
 mod socket;
 mod vring;
+mod waiter;
 mod way;
 
 pub use args::{CommonArgs, SocketClaim, capabilities_json, claim_descriptors, print_capabilities};
@@ -43,4 +44,5 @@ pub use vring::{
     Caller, Chain, ChainError, InflightError, Kept, MAX_SEGMENTS, QueueIndex, RingAddresses, RingError,
     Segment, Vring,
 };
+pub use waiter::{Ready, Waiter};
 pub use way::Way;

@@ -1,9 +1,9 @@
 //! The control queue: commands of the driver's, each answered with one byte (virtio 1.2, 5.1.6.5).
 
-use cleave_runtime::{Chain, Command, GuestMemory, Inbox, Polling};
+use cleave_runtime::{Chain, Command, GuestMemory, Inbox, Polling, Waiter};
 use vm_memory::GuestAddress;
 
-use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work};
+use super::{BATCH, Next, QueueError, Ring, Server, Work};
 use crate::control::{ERR, MAX_COMMAND, OK};
 use crate::shared::Shared;
 

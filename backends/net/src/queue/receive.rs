@@ -12,11 +12,11 @@
 use std::io::{self, ErrorKind};
 use std::time::Instant;
 
-use cleave_runtime::{Command, Inbox, Polling, Vring};
+use cleave_runtime::{Command, Inbox, Polling, Vring, Waiter};
 use rustix::event::epoll::EventFlags;
 
 use super::stock::Stock;
-use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
+use super::{BATCH, Next, QueueError, Ring, Server, Work, end_if_gone};
 use crate::config_space::{feature, header_len};
 use crate::counters::Received;
 use crate::filter::ETHERNET_HEADER;
@@ -49,9 +49,9 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
     if let Some(fd) = shared.port.fd(pair) {
-        waiter.watch_port(fd, EventFlags::IN)?;
+        waiter.watch_other(fd, EventFlags::IN)?;
     }
-    waiter.watch_port(shared.nudge_fd(pair), EventFlags::IN)?;
+    waiter.watch_other(shared.nudge_fd(pair), EventFlags::IN)?;
     Ok(waiter)
 }
 

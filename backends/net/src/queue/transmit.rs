@@ -9,9 +9,9 @@
 use std::io::{self, ErrorKind};
 use std::time::Instant;
 
-use cleave_runtime::{Chain, Command, Inbox, Polling, Vring};
+use cleave_runtime::{Chain, Command, Inbox, Polling, Vring, Waiter};
 
-use super::{BATCH, Next, QueueError, Ring, Server, Waiter, Work, end_if_gone};
+use super::{BATCH, Next, QueueError, Ring, Server, Work, end_if_gone};
 use crate::buffers::GuestBuffers;
 use crate::config_space::header_len;
 use crate::counters::Sent;
@@ -43,7 +43,7 @@ pub(crate) fn serve(pair: u16, waiter: &Waiter, inbox: &Inbox, shared: &Shared) 
 pub(crate) fn waiter(pair: u16, shared: &Shared) -> io::Result<Waiter> {
     let waiter = Waiter::new()?;
     if let Some((fd, room)) = shared.port.room(pair) {
-        waiter.watch_port(fd, room)?;
+        waiter.watch_other(fd, room)?;
     }
     Ok(waiter)
 }

@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cleave_runtime::{Caller, Command, Inbox, Vring};
+use cleave_runtime::{Caller, Command, Inbox, Vring, Waiter};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::frame::{Frame, Header};
@@ -24,7 +24,7 @@ use super::offload::Form;
 use crate::config_space::header_len;
 use crate::counters::Received;
 use crate::queue::stock::Stock;
-use crate::queue::{QueueError, Ring, Waiter, give_up};
+use crate::queue::{QueueError, Ring, give_up};
 use crate::shared::{CurrentFilter, Shared};
 
 #[derive(Debug)]
@@ -156,7 +156,7 @@ impl Inlet {
     /// What the thread of the queue waits by.
     pub(crate) fn waiter(&self) -> std::io::Result<Waiter> {
         let waiter = Waiter::new()?;
-        waiter.watch_port(self.wake.as_fd(), rustix::event::epoll::EventFlags::IN)?;
+        waiter.watch_other(self.wake.as_fd(), rustix::event::epoll::EventFlags::IN)?;
         Ok(waiter)
     }
 

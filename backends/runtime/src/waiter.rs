@@ -11,49 +11,57 @@ use rustix::io::Errno;
 
 const KICK: u64 = 1;
 const WAKE: u64 = 2;
-const PORT: u64 = 4;
+const OTHER: u64 = 3;
 
 /// What has happened since the last look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Ready {
-    pub(crate) kick: bool,
+pub struct Ready {
+    pub kick: bool,
     /// The session has a command.
-    pub(crate) wake: bool,
-    pub(crate) port: bool,
+    pub wake: bool,
+    /// What else the device waits for may be ready.
+    pub other: bool,
 }
 
 impl Ready {
-    pub(crate) fn any(&self) -> bool {
+    pub fn any(&self) -> bool {
         *self != Self::default()
     }
 }
 
 #[derive(Debug)]
-pub(crate) struct Waiter(OwnedFd);
+pub struct Waiter(OwnedFd);
 
 impl Waiter {
-    pub(crate) fn new() -> io::Result<Self> {
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn new() -> io::Result<Self> {
         Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
     }
 
-    pub(crate) fn watch_wake(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn watch_wake(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.watch(fd, WAKE, EventFlags::IN)
     }
 
-    /// Of several descriptors: each says that the port may be ready.
-    pub(crate) fn watch_port(&self, fd: BorrowedFd<'_>, flags: EventFlags) -> io::Result<()> {
-        self.watch(fd, PORT, flags)
+    /// Of several descriptors: each is reason enough for a turn.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn watch_other(&self, fd: BorrowedFd<'_>, flags: EventFlags) -> io::Result<()> {
+        self.watch(fd, OTHER, flags)
     }
 
     /// A kick that has come already counts.
-    pub(crate) fn watch_kick(&self, fd: BorrowedFd<'_>) {
+    pub fn watch_kick(&self, fd: BorrowedFd<'_>) {
         // What cannot be waited for was refused before (SET_VRING_KICK).
         if let Err(error) = self.watch(fd, KICK, EventFlags::IN) {
             tracing::warn!("the kick descriptor cannot be waited for: {error}");
         }
     }
 
-    pub(crate) fn unwatch_kick(&self, fd: BorrowedFd<'_>) {
+    pub fn unwatch_kick(&self, fd: BorrowedFd<'_>) {
         let _ = epoll::delete(&self.0, fd);
     }
 
@@ -62,17 +70,26 @@ impl Waiter {
     }
 
     /// What has happened already.
-    pub(crate) fn poll(&self) -> io::Result<Ready> {
+    ///
+    /// # Errors
+    /// Waiting does not work.
+    pub fn poll(&self) -> io::Result<Ready> {
         self.take(Some(&Timespec::default()))
     }
 
     /// Waits until something happens.
-    pub(crate) fn wait(&self) -> io::Result<Ready> {
+    ///
+    /// # Errors
+    /// Waiting does not work.
+    pub fn wait(&self) -> io::Result<Ready> {
         self.take(None)
     }
 
     /// Waits until something happens, or `moment` has come.
-    pub(crate) fn wait_until(&self, moment: Instant) -> io::Result<Ready> {
+    ///
+    /// # Errors
+    /// Waiting does not work.
+    pub fn wait_until(&self, moment: Instant) -> io::Result<Ready> {
         let left = moment.saturating_duration_since(Instant::now());
         self.take(Some(&Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })))
     }
@@ -88,7 +105,7 @@ impl Waiter {
             match event.data.u64() {
                 KICK => ready.kick = true,
                 WAKE => ready.wake = true,
-                _ => ready.port = true,
+                _ => ready.other = true,
             }
         }
         Ok(ready)
@@ -117,7 +134,7 @@ mod tests {
         for _ in 0..2 {
             raise(&kick);
             raise(&wake);
-            assert_eq!(waiter.poll().unwrap(), Ready { kick: true, wake: true, port: false });
+            assert_eq!(waiter.poll().unwrap(), Ready { kick: true, wake: true, other: false });
         }
         waiter.unwatch_kick(kick.as_fd());
         raise(&kick);
